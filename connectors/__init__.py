@@ -1,0 +1,1 @@
+"""Moving KV between engines and tiers; imported by the vLLM plugin."""
