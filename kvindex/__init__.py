@@ -1,0 +1,1 @@
+"""The global KV index: which worker holds which block, kept in Redis."""

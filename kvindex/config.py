@@ -1,0 +1,69 @@
+"""Settings of the index side. Built once per process, frozen, unknown keys refused."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any
+
+from pydantic import Field, ValidationError
+from pydantic_settings import BaseSettings, SettingsConfigDict
+
+from kvindex.errors import ConfigError
+
+
+class IndexConfig(BaseSettings):
+    """How to reach Redis; overridden by `KVLANE_REDIS_URL` and so on."""
+
+    model_config = SettingsConfigDict(env_prefix="KVLANE_", frozen=True, extra="forbid")
+
+    redis_url: str = Field(
+        "redis://127.0.0.1:6379/0",
+        description="redis://, rediss:// (TLS) or unix:// URL; user and password as in the URL.",
+    )
+    redis_timeout_s: float = Field(1.0, gt=0, description="Longest wait for one answer of Redis.")
+
+
+class PublisherConfig(IndexConfig):
+    """What a publisher adds; keys of `kv_connector_extra_config` arrive here as `kvlane.<name>`."""
+
+    endpoint: str = Field("", description="ip:port at which Envoy reaches this engine's OpenAI server.")
+    lease_ms: int = Field(3_000, ge=200, description="A worker that is silent for this long is not matched.")
+    heartbeat_ms: int = Field(500, ge=50, description="How often lease, load and digest are refreshed.")
+    flush_ms: int = Field(10, ge=0, description="Longest time a block waits to be written.")
+    metrics_port: int = Field(
+        0, ge=0, lt=65536, description="Port of the publisher's own Prometheus metrics; 0: none."
+    )
+    labels: dict[str, str] = Field(default_factory=dict, description="Free labels for routing filters.")
+
+
+def index_config(redis_url: str) -> IndexConfig:
+    """Build the settings of a process that has no more than these.
+
+    Raises:
+        ConfigError: a value is wrong.
+    """
+    try:
+        return IndexConfig.model_validate({"redis_url": redis_url})
+    except ValidationError as error:
+        raise ConfigError(describe(error)) from error
+
+
+def publisher_config(extra: Mapping[str, Any]) -> PublisherConfig:
+    """Build the publisher's settings from vLLM's `kv_connector_extra_config` and the environment.
+
+    Keys without the prefix `kvlane.` belong to others and are left alone.
+
+    Raises:
+        ConfigError: an unknown key or a wrong value.
+    """
+    prefix = "kvlane."
+    ours = {key.removeprefix(prefix): value for key, value in extra.items() if key.startswith(prefix)}
+    try:
+        return PublisherConfig(**ours)
+    except ValidationError as error:
+        raise ConfigError(describe(error)) from error
+
+
+def describe(error: ValidationError) -> str:
+    """Return pydantic's findings as one line."""
+    return "; ".join(f"{'.'.join(map(str, e['loc'])) or 'settings'}: {e['msg']}" for e in error.errors())

@@ -1,0 +1,55 @@
+"""Every error of the index.
+
+KvlaneError
+|- ConfigError            a setting is wrong; the message says which and what to do
+|- AdminUnavailable       a gateway's admin API does not answer, or refuses
+|- EngineUnavailable      an engine's API does not answer, or not as vLLM does
+`- KvIndexError
+   |- IndexUnavailable    Redis cannot be reached or cannot answer; the call may be tried again
+   |- SlotLost            the slot is not ours any more: open a fresh one and resend the state
+   |- WorkerConflict      a live worker already publishes under this name
+   |- MalformedEvent      an engine's KV event cannot be read
+   `- EventsLost          KV events are missing: what the engine holds is not known any more
+"""
+
+from __future__ import annotations
+
+
+class KvlaneError(Exception):
+    """Root of everything that kvlane raises on purpose."""
+
+
+class ConfigError(KvlaneError):
+    """A setting is wrong. The message is one line: what is wrong and what to do."""
+
+
+class AdminUnavailable(KvlaneError):
+    """The admin API of a gateway cannot be reached, or refuses what it was asked."""
+
+
+class EngineUnavailable(KvlaneError):
+    """An engine's HTTP API cannot be reached, or does not answer as vLLM does."""
+
+
+class KvIndexError(KvlaneError):
+    """Root of the index's errors."""
+
+
+class IndexUnavailable(KvIndexError):
+    """Redis cannot be reached or refuses to answer for now; nothing is known to have changed."""
+
+
+class SlotLost(KvIndexError):
+    """The slot is fenced, swept or unknown: open a fresh one and send the whole state again."""
+
+
+class WorkerConflict(KvIndexError):
+    """Another live process publishes under the same worker id."""
+
+
+class MalformedEvent(KvIndexError):
+    """A message of an engine's event stream is not an event batch."""
+
+
+class EventsLost(KvIndexError):
+    """Events of an engine are missing or unreadable: forget its blocks and follow it anew."""

@@ -1,0 +1,125 @@
+"""The two faces of the index. Publishers write through one, gateways read through the other.
+
+Implementations: `redis_index` (production) and `memory_index` (tests and simulation). One behaviour
+suite, `tests/kvindex/test_index_contract.py`, holds for both.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Protocol
+
+from kvindex.blocks import BlockHash, Pool
+from kvindex.worker import (
+    Batch,
+    Load,
+    Match,
+    RegisteredWorker,
+    Reservation,
+    SlotState,
+    Worker,
+)
+
+MAX_PROBES = 256
+"""Most hashes that one `match` sends; longer prompts are probed at even strides."""
+
+MAX_BATCH = 128
+"""Most hashes in one `Batch`: larger ones delay the reads that share the Redis core."""
+
+
+class IndexWriter(Protocol):
+    """A publisher's side: blocking calls, made from one thread of the process that owns the cache.
+
+    Every method raises `IndexUnavailable` when Redis cannot answer; it is then unknown whether the
+    call took effect, and repeating it is safe.
+    """
+
+    def open_slot(self, worker: Worker, *, lease_ms: int, takeover: bool = False) -> int:
+        """Register `worker` and return a fresh, empty slot for it.
+
+        Slots that this worker id held before are fenced at once and swept later. `load` is zero until
+        the first heartbeat.
+
+        Raises:
+            WorkerConflict: another incarnation holds a live lease under this worker id and `takeover`
+                is off.
+        """
+
+    def apply(self, pool: Pool, slot: int, incarnation: str, batch: Batch) -> SlotState:
+        """Apply `batch` if it follows the last one; a batch already applied changes nothing.
+
+        Raises:
+            SlotLost: a sequence is missing, or the slot is unknown or fenced.
+        """
+
+    def heartbeat(
+        self,
+        pool: Pool,
+        slot: int,
+        incarnation: str,
+        load: Load,
+        *,
+        lease_ms: int,
+        accepted: Sequence[str] = (),
+        settle_older_than_ms: int | None = None,
+    ) -> SlotState:
+        """Renew the lease and replace the load.
+
+        Args:
+            accepted: decision ids that `load` now contains; their reservations are settled.
+            settle_older_than_ms: settle this slot's reservations of at least this age, for publishers
+                that cannot name ids.
+
+        Raises:
+            SlotLost: the slot is unknown or fenced.
+        """
+
+    def close_slot(self, pool: Pool, slot: int, incarnation: str) -> None:
+        """Take the worker out of every answer; its entries are swept later. Idempotent."""
+
+    def close(self) -> None:
+        """Release connections; the slots live on until their lease ends."""
+
+
+class IndexReader(Protocol):
+    """A gateway's or inspector's side, on one event loop.
+
+    Every method raises `IndexUnavailable` when Redis cannot answer.
+    """
+
+    async def pools(self) -> list[Pool]:
+        """Return the pools that ever had a worker and still have entries or live workers."""
+
+    async def workers(self, pool: Pool) -> tuple[int, list[RegisteredWorker]]:
+        """Return the registry version and every live worker, by slot."""
+
+    async def match(self, pool: Pool, hashes: Sequence[BlockHash]) -> Match:
+        """Return, for every live worker, its load and how many leading blocks it holds. Read-only."""
+
+    async def reserve(
+        self,
+        pool: Pool,
+        decision_id: str,
+        slot: int,
+        *,
+        prefill_tokens: int,
+        seen_backlog_tokens: int | None,
+        ttl_ms: int,
+    ) -> Reservation:
+        """Charge `slot` with `prefill_tokens` and one request until settled or `ttl_ms` have passed.
+
+        Nothing is charged, and the fresh states are returned, if the slot's backlog has grown past
+        `seen_backlog_tokens` (None: charge in any case) or the slot is no longer live.
+        """
+
+    async def settle(self, pool: Pool, decision_id: str) -> bool:
+        """Take back what `reserve` charged. False if it was settled or had expired already."""
+
+    async def holders(self, pool: Pool, block: BlockHash) -> list[int]:
+        """Return the live slots that hold `block`."""
+
+    async def sweep(self, pool: Pool, *, max_buckets: int) -> int:
+        """Drop one slice of the entries of dead slots; return how many dead slots are left to sweep."""
+
+    async def close(self) -> None:
+        """Release connections."""

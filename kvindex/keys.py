@@ -1,0 +1,75 @@
+"""Every Redis key of the index, what it holds and how long it lives.
+
+A pool's keys share one hash tag, so that its scripts may touch all of them on a cluster. Scripts get
+the directory as KEYS[1] and append the suffixes below, which `lua_names` hands them.
+
+| key                      | type | holds                                           | until             |
+|--------------------------|------|-------------------------------------------------|-------------------|
+| kvlane:pools             | hash | pool id -> msgpack of the pool                  | never             |
+| kvlane:{pool}            | hash | number of buckets, sets of slots, counters      | never             |
+| kvlane:{pool}:b:<bucket> | hash | 8-byte block hash -> set of slots               | emptied           |
+| kvlane:{pool}:live       | str  | a `LIVE_ROW` a slot: lease, charge, load        | last slot fenced  |
+| kvlane:{pool}:s:<slot>   | hash | worker, incarnation, sequence, count, digest    | slot fenced       |
+| kvlane:{pool}:ids        | hash | worker id -> its slot                           | slot fenced       |
+| kvlane:{pool}:res        | hash | decision id -> reservation (`RESERVATION`)      | settled, expired  |
+| kvlane:{pool}:exp        | zset | decision ids by expiry                          | settled, expired  |
+| kvlane:{pool}:r:<slot>   | zset | the slot's decision ids by creation             | settled or fenced |
+
+Keys carry no TTL: what a dead worker or gateway leaves is purged by the scripts that others call.
+Times are milliseconds on the Redis clock. Numbers are little-endian; `<bucket>` is 4 bytes, `<slot>` decimal.
+"""
+
+from __future__ import annotations
+
+import functools
+import struct
+
+from kvindex.blocks import Pool
+
+POOLS = "kvlane:pools"
+
+ABANDONED_AFTER_LEASES = 10
+"""A worker is unmatched once its lease is over, and may resume with all its blocks until it has been
+silent for this many leases; then `sweep` fences it."""
+
+_SUFFIXES = {
+    "BUCKET": ":b:",
+    "LIVE": ":live",
+    "SLOT": ":s:",
+    "IDS": ":ids",
+    "RESERVATIONS": ":res",
+    "EXPIRY": ":exp",
+    "TAKEN": ":r:",
+}
+
+LOAD = struct.Struct("<IIIId")
+"""waiting requests, running requests, waiting prefill tokens, running tokens, KV usage."""
+
+LIVE_ROW = struct.Struct("<dIIII" + LOAD.format.removeprefix("<"))
+"""lease expiry (ms), lease (ms), epoch, charged tokens, charged requests, load; zeros if fenced.
+
+The epoch is the registry version at which the slot was opened: it tells a reservation made against
+a former owner of the slot from one made against the present owner.
+"""
+
+RESERVATION = struct.Struct("<HII")
+"""slot, epoch, prefill tokens."""
+
+FLEET_HEAD = struct.Struct("<dI")
+"""time (ms), registry version; begins every answer about the fleet."""
+
+GROUP = struct.Struct("<HH")
+"""number of leading probes held, number of 32-bit words in the bitmap of slots that follows."""
+
+
+@functools.lru_cache(maxsize=256)
+def directory(pool: Pool) -> str:
+    """Return the key that stands for `pool`, KEYS[1] of every script."""
+    return f"kvlane:{{{pool.pool_id}}}"
+
+
+def lua_names() -> str:
+    """Return the key names as Lua locals, to be put before every script."""
+    lines = ["local DIRECTORY = KEYS[1]"]
+    lines += [f"local {name} = DIRECTORY .. '{suffix}'" for name, suffix in _SUFFIXES.items()]
+    return "\n".join([*lines, f"local ABANDONED_AFTER_LEASES = {ABANDONED_AFTER_LEASES}", ""])

@@ -1,0 +1,274 @@
+"""The index in plain dicts, for tests and simulation: every answer is found by looking at everything.
+
+One `MemoryIndex` takes the place of Redis; any number of writers and readers share it.
+"""
+
+from __future__ import annotations
+
+import functools
+import operator
+import time
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
+
+from kvindex.blocks import BlockHash, Pool
+from kvindex.errors import SlotLost, WorkerConflict
+from kvindex.keys import ABANDONED_AFTER_LEASES
+from kvindex.worker import (
+    Batch,
+    Load,
+    Match,
+    RegisteredWorker,
+    Reservation,
+    SlotState,
+    Worker,
+    WorkerState,
+)
+
+
+@dataclass(eq=False)
+class _Slot:
+    number: int
+    worker: Worker
+    lease_ms: int
+    expires_ms: float
+    sequence: int = 0
+    blocks: set[int] = field(default_factory=set)
+    load: Load = field(default_factory=Load)
+
+    @property
+    def state(self) -> SlotState:
+        return SlotState(num_blocks=len(self.blocks), digest=functools.reduce(operator.xor, self.blocks, 0))
+
+
+@dataclass(frozen=True)
+class _Charge:
+    slot: _Slot
+    prefill_tokens: int
+    created_ms: float
+    expires_ms: float
+
+
+@dataclass
+class _Pool:
+    version: int = 0
+    slots: dict[int, _Slot] = field(default_factory=dict)
+    dead: list[int] = field(default_factory=list)
+    charges: dict[str, _Charge] = field(default_factory=dict)
+
+    def fence(self, slot: _Slot) -> None:
+        del self.slots[slot.number]
+        self.dead.append(slot.number)
+        self.version += 1
+
+
+class MemoryIndex:
+    """What the writers and readers of one test or simulation share.
+
+    Args:
+        clock: seconds; leases and reservations live by it.
+    """
+
+    def __init__(self, clock: Callable[[], float] = time.monotonic) -> None:
+        self._clock = clock
+        self._pools: dict[Pool, _Pool] = {}
+
+    def now_ms(self) -> float:
+        """Return the time that leases are measured on."""
+        return self._clock() * 1000
+
+    def pool(self, pool: Pool) -> _Pool:
+        """Return the pool's state, made on first use."""
+        return self._pools.setdefault(pool, _Pool())
+
+    def known_pools(self) -> list[Pool]:
+        """Return the pools that have slots, fenced ones included."""
+        return [pool for pool, state in self._pools.items() if state.slots or state.dead]
+
+    def live(self, pool: Pool) -> list[_Slot]:
+        """Return the slots whose lease runs, by number."""
+        slots = self.pool(pool).slots
+        return [slots[number] for number in sorted(slots) if slots[number].expires_ms > self.now_ms()]
+
+    def states(self, pool: Pool) -> tuple[WorkerState, ...]:
+        """Return the live workers with what they are charged at this moment."""
+        charges = [c for c in self.pool(pool).charges.values() if c.expires_ms > self.now_ms()]
+        states = []
+        for slot in self.live(pool):
+            tokens = [charge.prefill_tokens for charge in charges if charge.slot is slot]
+            states.append(
+                WorkerState(
+                    slot=slot.number,
+                    load=slot.load,
+                    charged_tokens=sum(tokens),
+                    charged_requests=len(tokens),
+                )
+            )
+        return tuple(states)
+
+    def registry_version(self, pool: Pool) -> int:
+        """Return a number that differs whenever the set of live workers does."""
+        return hash((self.pool(pool).version, *(slot.number for slot in self.live(pool))))
+
+
+class MemoryIndexWriter:
+    """`IndexWriter` on a `MemoryIndex`."""
+
+    def __init__(self, index: MemoryIndex) -> None:
+        self._index = index
+
+    def _slot(self, pool: Pool, slot: int, incarnation: str) -> _Slot:
+        found = self._index.pool(pool).slots.get(slot)
+        if found is None or found.worker.incarnation != incarnation:
+            raise SlotLost(f"slot {slot} is not held by incarnation {incarnation}")
+        return found
+
+    def open_slot(self, worker: Worker, *, lease_ms: int, takeover: bool = False) -> int:
+        """See `IndexWriter`."""
+        pool = self._index.pool(worker.pool)
+        now_ms = self._index.now_ms()
+        for former in [s for s in pool.slots.values() if s.worker.worker_id == worker.worker_id]:
+            alive = former.expires_ms > now_ms and former.worker.incarnation != worker.incarnation
+            if alive and not takeover:
+                raise WorkerConflict(f"{worker.worker_id} is held by {former.worker.incarnation}")
+            pool.fence(former)
+        taken = {*pool.slots, *pool.dead}
+        number = next(number for number in range(len(taken) + 1) if number not in taken)
+        pool.slots[number] = _Slot(number, worker, lease_ms, now_ms + lease_ms)
+        pool.version += 1
+        return number
+
+    def apply(self, pool: Pool, slot: int, incarnation: str, batch: Batch) -> SlotState:
+        """See `IndexWriter`."""
+        target = self._slot(pool, slot, incarnation)
+        if batch.sequence > target.sequence + 1:
+            raise SlotLost(f"slot {slot} is at {target.sequence}, the batch is {batch.sequence}")
+        if batch.sequence == target.sequence + 1:
+            target.sequence = batch.sequence
+            target.blocks |= set(batch.stored)
+            target.blocks -= set(batch.removed)
+        return target.state
+
+    def heartbeat(
+        self,
+        pool: Pool,
+        slot: int,
+        incarnation: str,
+        load: Load,
+        *,
+        lease_ms: int,
+        accepted: Sequence[str] = (),
+        settle_older_than_ms: int | None = None,
+    ) -> SlotState:
+        """See `IndexWriter`."""
+        target = self._slot(pool, slot, incarnation)
+        now_ms = self._index.now_ms()
+        target.load = load
+        target.lease_ms = lease_ms
+        target.expires_ms = now_ms + lease_ms
+        charges = self._index.pool(pool).charges
+        for decision_id in accepted:
+            charges.pop(decision_id, None)
+        if settle_older_than_ms is not None:
+            for decision_id, charge in list(charges.items()):
+                if charge.slot is target and charge.created_ms <= now_ms - settle_older_than_ms:
+                    del charges[decision_id]
+        return target.state
+
+    def close_slot(self, pool: Pool, slot: int, incarnation: str) -> None:
+        """See `IndexWriter`."""
+        target = self._index.pool(pool).slots.get(slot)
+        if target is not None and target.worker.incarnation == incarnation:
+            self._index.pool(pool).fence(target)
+
+    def close(self) -> None:
+        """See `IndexWriter`."""
+
+
+class MemoryIndexReader:
+    """`IndexReader` on a `MemoryIndex`."""
+
+    def __init__(self, index: MemoryIndex) -> None:
+        self._index = index
+
+    async def pools(self) -> list[Pool]:
+        """See `IndexReader`."""
+        return self._index.known_pools()
+
+    async def workers(self, pool: Pool) -> tuple[int, list[RegisteredWorker]]:
+        """See `IndexReader`."""
+        now_ms = self._index.now_ms()
+        pairs = zip(self._index.live(pool), self._index.states(pool), strict=True)
+        workers = [
+            RegisteredWorker(
+                worker=slot.worker,
+                slot=slot.number,
+                lease_left_ms=int(slot.expires_ms - now_ms),
+                num_indexed_blocks=slot.state.num_blocks,
+                digest=f"{slot.state.digest:016x}",
+                load=state.load,
+                charged_tokens=state.charged_tokens,
+                charged_requests=state.charged_requests,
+            )
+            for slot, state in pairs
+        ]
+        return self._index.registry_version(pool), workers
+
+    async def match(self, pool: Pool, hashes: Sequence[BlockHash]) -> Match:
+        """See `IndexReader`. Exact, with or without holes: the stride is always 1."""
+        overlap_blocks = {}
+        for slot in self._index.live(pool):
+            missing = (depth for depth, block in enumerate(hashes) if block not in slot.blocks)
+            if num_blocks := next(missing, len(hashes)):
+                overlap_blocks[slot.number] = num_blocks
+        return Match(
+            states=self._index.states(pool),
+            overlap_blocks=overlap_blocks,
+            stride=1,
+            registry_version=self._index.registry_version(pool),
+        )
+
+    async def reserve(
+        self,
+        pool: Pool,
+        decision_id: str,
+        slot: int,
+        *,
+        prefill_tokens: int,
+        seen_backlog_tokens: int | None,
+        ttl_ms: int,
+    ) -> Reservation:
+        """See `IndexReader`."""
+        charges = self._index.pool(pool).charges
+        charges.pop(decision_id, None)
+        states = self._index.states(pool)
+        state = next((state for state in states if state.slot == slot), None)
+        if state is None or (seen_backlog_tokens is not None and state.backlog_tokens > seen_backlog_tokens):
+            return Reservation(charged=False, states=states)
+        now_ms = self._index.now_ms()
+        target = self._index.pool(pool).slots[slot]
+        charges[decision_id] = _Charge(target, prefill_tokens, now_ms, now_ms + ttl_ms)
+        return Reservation(charged=True)
+
+    async def settle(self, pool: Pool, decision_id: str) -> bool:
+        """See `IndexReader`."""
+        charge = self._index.pool(pool).charges.pop(decision_id, None)
+        return charge is not None and charge.expires_ms > self._index.now_ms()
+
+    async def holders(self, pool: Pool, block: BlockHash) -> list[int]:
+        """See `IndexReader`."""
+        return [slot.number for slot in self._index.live(pool) if block in slot.blocks]
+
+    async def sweep(self, pool: Pool, *, max_buckets: int) -> int:
+        """See `IndexReader`. A slot stands for a bucket here."""
+        state = self._index.pool(pool)
+        now_ms = self._index.now_ms()
+        state.charges = {key: c for key, c in state.charges.items() if c.expires_ms > now_ms}
+        for slot in list(state.slots.values()):
+            if slot.expires_ms + (ABANDONED_AFTER_LEASES - 1) * slot.lease_ms <= now_ms:
+                state.fence(slot)
+        del state.dead[:max_buckets]
+        return len(state.dead)
+
+    async def close(self) -> None:
+        """See `IndexReader`."""

@@ -1,0 +1,76 @@
+"""What the index was told of a slot, and what it has yet to be told. Pure."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from itertools import islice
+
+from kvindex.index import MAX_BATCH
+from kvindex.worker import Batch, SlotState
+
+
+class Outbox:
+    """Turns a stream of changes into the sequenced batches of one slot.
+
+    Changes that cancel out before they are sent are never sent, so it holds at most one entry for each
+    block that the index or the engine has, however long the index is away.
+
+    Args:
+        blocks: what the slot shall hold to begin with; the slot itself is empty.
+    """
+
+    def __init__(self, blocks: Iterable[int] = ()) -> None:
+        self._unsent = dict.fromkeys(blocks, True)
+        self._in_flight: Batch | None = None
+        self._sequence = 0
+        self._num_told = 0
+        self._digest_told = 0
+
+    def __len__(self) -> int:
+        """Return the number of changes that the index may not know yet."""
+        batch = self._in_flight
+        return len(self._unsent) + (len(batch.stored) + len(batch.removed) if batch else 0)
+
+    @property
+    def is_fresh(self) -> bool:
+        """Whether nothing was ever sent, so that the slot is still empty."""
+        return self._sequence == 0
+
+    @property
+    def is_repeating(self) -> bool:
+        """Whether a batch was handed out whose fate is unknown."""
+        return self._in_flight is not None
+
+    @property
+    def told(self) -> SlotState:
+        """What the slot must hold after every confirmed batch."""
+        return SlotState(num_blocks=self._num_told, digest=self._digest_told)
+
+    def change(self, *, stored: Iterable[int] = (), removed: Iterable[int] = ()) -> None:
+        """Note that absent blocks were stored and present blocks removed."""
+        for blocks, present in ((stored, True), (removed, False)):
+            for block in blocks:
+                # Stores and removals of a block alternate, so a second change takes the first one back.
+                if self._unsent.pop(block, None) is None:
+                    self._unsent[block] = present
+
+    def next_batch(self) -> Batch | None:
+        """Return the batch to send: the last one again until it is confirmed; None if all is told."""
+        if self._in_flight is None and self._unsent:
+            blocks = list(islice(self._unsent, MAX_BATCH))
+            changes = [(block, self._unsent.pop(block)) for block in blocks]
+            self._sequence += 1
+            self._in_flight = Batch(
+                sequence=self._sequence,
+                stored=tuple(block for block, present in changes if present),
+                removed=tuple(block for block, present in changes if not present),
+            )
+        return self._in_flight
+
+    def confirm(self) -> None:
+        """Note that the index has applied the batch that `next_batch` returned."""
+        batch, self._in_flight = self._in_flight, None
+        if batch is not None:
+            self._num_told += len(batch.stored) - len(batch.removed)
+            for block in (*batch.stored, *batch.removed):
+                self._digest_told ^= block

@@ -1,0 +1,288 @@
+"""Tells the index what one engine rank holds and how busy it is."""
+
+from __future__ import annotations
+
+import contextlib
+import random
+import threading
+import time
+from collections import Counter, deque
+from collections.abc import Callable
+
+import msgspec
+import structlog
+
+from kvindex import metrics
+from kvindex.block_state import BlockState
+from kvindex.config import PublisherConfig
+from kvindex.errors import EventsLost, IndexUnavailable, SlotLost, WorkerConflict
+from kvindex.event_source import EventSource
+from kvindex.events import AllBlocksCleared, BlockRemoved, BlockStored, EngineEvent
+from kvindex.index import MAX_BATCH, IndexWriter
+from kvindex.outbox import Outbox
+from kvindex.worker import Load, SlotState, Worker
+
+LOAD_INTERVAL_S = 0.1
+_WRITE_SLICE_S = 0.05
+_FIRST_BACKOFF_S = 0.1
+_LONGEST_BACKOFF_S = 2.0
+_MOST_ACCEPTED = 10_000
+_STOP_PATIENCE_S = 5.0
+# Skipped blocks that somebody should know of: nothing of this kind will ever be routed to.
+_ALARMING = {
+    "block_size": "the engine's KV events are about blocks of another size",
+    "attention": "the engine's first KV cache group is not full attention",
+    "shape": "the engine's KV events do not carry one block of tokens for each block",
+}
+
+_log = structlog.get_logger(__name__)
+
+
+class LoadReport(msgspec.Struct, frozen=True):
+    """An engine's load, and the decision ids that it contains for the first time."""
+
+    load: Load
+    accepted: tuple[str, ...] = ()
+
+
+class _Drifted(SlotLost):
+    """The index holds something else for the slot than it was told."""
+
+
+class Publisher:
+    """Keeps the index equal to one engine rank, from a daemon thread of its own.
+
+    The thread ends with the process, and the lease soon after. It never makes the engine wait: events
+    are read from a queue that drops rather than blocks, and whatever is lost, here or in the index, leads to
+    a fresh slot with the whole known state.
+
+    Args:
+        worker: the rank, as it registers.
+        config: lease, heartbeat and flush times.
+        writer: owned from now on; closed by `stop`.
+        source: the engine's events; owned from now on, used by the thread alone.
+        load: called by the thread, at most every 100 ms; must not block.
+        settle_older_than_ms: for a `load` that cannot name decisions, see `IndexWriter.heartbeat`.
+    """
+
+    def __init__(
+        self,
+        worker: Worker,
+        config: PublisherConfig,
+        writer: IndexWriter,
+        source: EventSource,
+        load: Callable[[], LoadReport],
+        *,
+        settle_older_than_ms: int | None = None,
+    ) -> None:
+        self._worker = worker
+        self._config = config
+        self._writer = writer
+        self._source = source
+        self._load = load
+        self._settle_older_than_ms = settle_older_than_ms
+        self._state = BlockState(worker.model, worker.block_size)
+        self._outbox = Outbox()
+        self._slot: int | None = None
+        self._accepted: deque[str] = deque(maxlen=_MOST_ACCEPTED)
+        self._reported: Load | None = None
+        self._unwritten_since_s: float | None = None
+        self._look_at_s = self._beat_at_s = self._retry_at_s = 0.0
+        self._backoff_s = _FIRST_BACKOFF_S
+        self._alarmed: set[str] = set()
+        self._conflict_logged = False
+        self._stopping = threading.Event()
+        self._thread = threading.Thread(target=self._run, name="kvlane-publisher", daemon=True)
+        self._log = _log.bind(worker=worker.worker_id, incarnation=worker.incarnation)
+
+    def start(self) -> None:
+        """Begin to follow the engine; the worker is registered as soon as the index answers."""
+        self._thread.start()
+
+    def stop(self) -> None:
+        """Take the worker out of the index and end the thread; waits a few seconds at most. Idempotent."""
+        self._stopping.set()
+        if self._thread.is_alive():
+            self._thread.join(_STOP_PATIENCE_S)
+
+    def _run(self) -> None:
+        self._source.open()
+        try:
+            while not self._stopping.is_set():
+                self._follow()
+                if time.monotonic() >= self._retry_at_s:
+                    self._publish()
+        finally:
+            if self._slot is not None:
+                with contextlib.suppress(IndexUnavailable):
+                    self._writer.close_slot(self._worker.pool, self._slot, self._worker.incarnation)
+            self._writer.close()
+            self._source.close()
+
+    def _follow(self) -> None:
+        """Wait for the engine or for the next thing to do, whichever is first."""
+        try:
+            events = self._source.poll(self._patience_s())
+        except EventsLost as error:
+            self._log.warning("KV events lost; starting over", reason=str(error))
+            self._forget("events_lost")
+            return
+        for event in events:
+            self._take(event)
+        if self._state.skipped:
+            self._count_skipped()
+        if self._outbox and self._unwritten_since_s is None:
+            self._unwritten_since_s = time.monotonic()
+
+    def _take(self, event: EngineEvent) -> None:
+        match event:
+            case BlockStored():
+                stored = self._state.store(event)
+                self._outbox.change(stored=stored)
+                metrics.BLOCKS_STORED.labels(self._worker.worker_id).inc(len(stored))
+            case BlockRemoved():
+                removed = self._state.remove(event)
+                self._outbox.change(removed=removed)
+                metrics.BLOCKS_REMOVED.labels(self._worker.worker_id).inc(len(removed))
+            case AllBlocksCleared():
+                self._forget("cleared")
+
+    def _patience_s(self) -> float:
+        """Return how long nothing needs doing unless the engine says something."""
+        now_s = time.monotonic()
+        if now_s < self._retry_at_s:
+            return min(self._retry_at_s - now_s, LOAD_INTERVAL_S)
+        return max(0.0, min(self._look_at_s, self._write_at_s()) - now_s)
+
+    def _write_at_s(self) -> float:
+        """Return when the unwritten changes are due."""
+        if len(self._outbox) >= MAX_BATCH or self._outbox.is_repeating:
+            return 0.0
+        if self._unwritten_since_s is None:
+            return float("inf")
+        return self._unwritten_since_s + self._config.flush_ms / 1000
+
+    def _publish(self) -> None:
+        """Bring the index up to date, as far as it lets us."""
+        try:
+            if self._slot is None:
+                self._open()
+            self._write()
+            self._report()
+        except IndexUnavailable as error:
+            self._back_off(error)
+        except WorkerConflict as error:
+            if not self._conflict_logged:
+                self._log.error(
+                    "another live process publishes under this endpoint; waiting for its lease to end. "
+                    "If both are meant to run, give each its own endpoint (kvlane.endpoint).",
+                    holder=str(error),
+                )
+            self._conflict_logged = True
+            self._retry_at_s = time.monotonic() + self._config.lease_ms / 1000
+        except SlotLost as error:
+            reason = "drift" if isinstance(error, _Drifted) else "slot_lost"
+            self._log.warning("the index lost track; sending the whole state", reason=str(error))
+            self._start_over(reason)
+        else:
+            if self._backoff_s > _FIRST_BACKOFF_S:
+                self._log.info("the index answers again")
+            self._backoff_s = _FIRST_BACKOFF_S
+
+    def _open(self) -> None:
+        self._slot = self._writer.open_slot(self._worker, lease_ms=self._config.lease_ms)
+        self._outbox = Outbox(self._state.hashes)
+        self._unwritten_since_s = time.monotonic() if self._outbox else None
+        self._conflict_logged = False
+        self._reported = None
+        self._look_at_s = 0.0
+        self._log.info("registered", slot=self._slot, num_blocks=self._state.num_blocks)
+
+    def _forget(self, reason: str) -> None:
+        """Drop every block; a fresh slot does that in the index at once, however many there were."""
+        self._state.clear()
+        if self._outbox.is_fresh:
+            self._outbox = Outbox()
+        else:
+            self._start_over(reason)
+
+    def _start_over(self, reason: str) -> None:
+        """Give up the slot; the whole state goes into a fresh one."""
+        self._slot = None
+        self._outbox = Outbox(self._state.hashes)
+        metrics.RESYNCS.labels(self._worker.worker_id, reason).inc()
+
+    def _write(self) -> None:
+        """Send what is due, for a short while at most, so that events and heartbeats do not wait."""
+        started_s = now_s = time.monotonic()
+        while now_s >= self._write_at_s() and now_s - started_s < _WRITE_SLICE_S:
+            batch = self._outbox.next_batch()
+            if batch is None:
+                break
+            answer = self._writer.apply(self._worker.pool, self._slot_held, self._worker.incarnation, batch)
+            self._outbox.confirm()
+            now_s = time.monotonic()
+            metrics.WRITE_LAG.labels(self._worker.worker_id).set(now_s - (self._unwritten_since_s or now_s))
+            self._unwritten_since_s = now_s if self._outbox else None
+            self._compare(answer)
+
+    def _report(self) -> None:
+        """Send load and lease when the load has changed, and at every heartbeat."""
+        now_s = time.monotonic()
+        if now_s < self._look_at_s:
+            return
+        self._look_at_s = now_s + LOAD_INTERVAL_S
+        report = self._load()
+        self._accepted += report.accepted
+        if not self._accepted and report.load == self._reported and now_s < self._beat_at_s:
+            return
+        answer = self._writer.heartbeat(
+            self._worker.pool,
+            self._slot_held,
+            self._worker.incarnation,
+            report.load,
+            lease_ms=self._config.lease_ms,
+            accepted=tuple(self._accepted),
+            settle_older_than_ms=self._settle_older_than_ms,
+        )
+        self._accepted.clear()
+        self._reported = report.load
+        self._beat_at_s = now_s + self._config.heartbeat_ms / 1000
+        metrics.UNWRITTEN_CHANGES.labels(self._worker.worker_id).set(len(self._outbox))
+        metrics.INDEXED_BLOCKS.labels(self._worker.worker_id).set(answer.num_blocks)
+        self._compare(answer)
+
+    @property
+    def _slot_held(self) -> int:
+        if self._slot is None:
+            raise SlotLost("no slot is open")
+        return self._slot
+
+    def _compare(self, answer: SlotState) -> None:
+        """Check that the index holds what it was told.
+
+        Raises:
+            _Drifted: it does not.
+        """
+        told = self._outbox.told
+        if answer != told:
+            raise _Drifted(
+                f"the index holds {answer.num_blocks} blocks with digest {answer.digest:016x}, "
+                f"it was told {told.num_blocks} with {told.digest:016x}"
+            )
+
+    def _back_off(self, error: IndexUnavailable) -> None:
+        metrics.INDEX_FAILURES.labels(self._worker.worker_id).inc()
+        if self._backoff_s == _FIRST_BACKOFF_S:
+            self._log.warning("the index does not answer; keeping the state and trying on", reason=str(error))
+        # Jitter, so that a fleet does not return to a restarted Redis in step.
+        self._retry_at_s = time.monotonic() + self._backoff_s * random.uniform(0.5, 1.0)  # noqa: S311
+        self._backoff_s = min(2 * self._backoff_s, _LONGEST_BACKOFF_S)
+
+    def _count_skipped(self) -> None:
+        skipped, self._state.skipped = self._state.skipped, Counter()
+        for reason, num_blocks in skipped.items():
+            metrics.BLOCKS_SKIPPED.labels(self._worker.worker_id, reason).inc(num_blocks)
+        for reason in skipped.keys() & _ALARMING.keys() - self._alarmed:
+            self._alarmed.add(reason)
+            self._log.error(f"{_ALARMING[reason]}: they are not indexed", block_size=self._worker.block_size)

@@ -1,0 +1,150 @@
+"""Workers, their load, and what the index says of them: plain values without I/O."""
+
+from __future__ import annotations
+
+import enum
+import secrets
+
+import msgspec
+
+from kvindex.blocks import Pool
+
+
+class Tier(enum.StrEnum):
+    """Where a holder keeps its blocks, fastest first."""
+
+    DEVICE = "device"
+    CPU = "cpu"
+    DISK = "disk"
+    OBJECT = "object"
+
+
+class Role(enum.StrEnum):
+    """What a worker is asked to do. A label: every worker is able to do both."""
+
+    PREFILL = "prefill"
+    DECODE = "decode"
+    BOTH = "both"
+
+
+class Worker(msgspec.Struct, frozen=True, kw_only=True):
+    """One data-parallel rank of an engine, as it registers itself.
+
+    `incarnation` is new at every start, so that nothing a dead process left behind is mistaken
+    for the state of its successor.
+    """
+
+    endpoint: str
+    """`ip:port` of the OpenAI server, reachable by Envoy and the gateway."""
+    model: str
+    """Name the engine serves its base model under."""
+    block_size: int
+    num_blocks: int
+    """KV cache size in blocks."""
+    bytes_per_token: int
+    """KV bytes of one token over all layers and tensor-parallel ranks."""
+    max_model_len: int
+    incarnation: str
+    dp_rank: int = 0
+    dp_size: int = 1
+    max_num_batched_tokens: int = 0
+    """Most tokens the engine computes in one step; 0 where unknown."""
+    role: Role = Role.BOTH
+    labels: dict[str, str] = {}
+    engine: str = ""
+    """Engine name and version, for people."""
+    publisher: str = "connector"
+    """`connector` inside the engine, `external` for `kvlane publish`."""
+
+    @property
+    def worker_id(self) -> str:
+        """Stable across restarts: the endpoint, and the rank where there are several."""
+        return self.endpoint if self.dp_size == 1 else f"{self.endpoint}/dp{self.dp_rank}"
+
+    @property
+    def pool(self) -> Pool:
+        """The pool in which this worker's block hashes can be compared."""
+        return Pool(self.model, self.block_size)
+
+
+def new_incarnation() -> str:
+    """Return 16 random hex digits."""
+    return secrets.token_hex(8)
+
+
+class Load(msgspec.Struct, frozen=True, kw_only=True):
+    """What an engine last said of itself."""
+
+    waiting_requests: int = 0
+    running_requests: int = 0
+    waiting_prefill_tokens: int = 0
+    """Prompt tokens not computed yet, of waiting requests and of prompts being computed in chunks."""
+    running_tokens: int = 0
+    """Context tokens of the requests that are decoding."""
+    kv_usage: float = 0.0
+    """Share of the KV cache in use by live requests, 0 to 1."""
+
+
+class WorkerState(msgspec.Struct, frozen=True, kw_only=True):
+    """A live worker at the moment of a `match` or a failed `reserve`."""
+
+    slot: int
+    load: Load
+    charged_tokens: int
+    """Prefill tokens reserved by gateways and not yet reported by the engine."""
+    charged_requests: int
+
+    @property
+    def backlog_tokens(self) -> int:
+        """Prefill tokens ahead of a request that arrives now."""
+        return self.load.waiting_prefill_tokens + self.charged_tokens
+
+
+class Match(msgspec.Struct, frozen=True, kw_only=True):
+    """Answer of the index to one prompt. Every live worker is in it, with or without overlap."""
+
+    states: tuple[WorkerState, ...]
+    overlap_blocks: dict[int, int]
+    """Slot to leading blocks present; slots without any are left out."""
+    stride: int
+    """Blocks per probe: the overlap is exact to within `stride - 1` blocks, never above the truth
+    while prefixes have no holes."""
+    registry_version: int
+    """Changes whenever a worker joins, leaves or is replaced."""
+
+
+class Reservation(msgspec.Struct, frozen=True, kw_only=True):
+    """Outcome of `reserve`: charged, or the fresh states to plan again with."""
+
+    charged: bool
+    states: tuple[WorkerState, ...] = ()
+
+
+class RegisteredWorker(msgspec.Struct, frozen=True, kw_only=True):
+    """A worker with its place in the index."""
+
+    worker: Worker
+    slot: int
+    lease_left_ms: int
+    num_indexed_blocks: int
+    digest: str
+    """Order-independent digest of the indexed blocks, 16 hex digits."""
+    load: Load
+    charged_tokens: int
+    charged_requests: int
+
+
+class Batch(msgspec.Struct, frozen=True, kw_only=True):
+    """One sequenced write of a publisher. A hash is in `stored` or in `removed`, never in both."""
+
+    sequence: int
+    """Starts at 1 in a fresh slot and grows by one."""
+    stored: tuple[int, ...] = ()
+    removed: tuple[int, ...] = ()
+
+
+class SlotState(msgspec.Struct, frozen=True, kw_only=True):
+    """What the index believes a slot holds; the publisher compares it with its own."""
+
+    num_blocks: int
+    digest: int

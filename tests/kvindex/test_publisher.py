@@ -1,0 +1,256 @@
+"""The publisher between a scripted engine and an index that can fail in every way."""
+
+import asyncio
+import time
+from collections.abc import Iterator, Sequence
+from functools import reduce
+from operator import xor
+
+import pytest
+
+from kvindex.config import PublisherConfig
+from kvindex.errors import EventsLost, IndexUnavailable
+from kvindex.events import AllBlocksCleared, BlockStored
+from kvindex.memory_index import MemoryIndex, MemoryIndexReader, MemoryIndexWriter
+from kvindex.publisher import LoadReport, Publisher
+from kvindex.worker import Batch, Load, RegisteredWorker, SlotState, Worker
+from tests.support.scripted_engine import ScriptedSource, make_worker, prompt, removal
+from tests.support.waiting import eventually
+
+CONFIG = PublisherConfig(lease_ms=600, heartbeat_ms=50, flush_ms=1)
+
+
+class FaultyWriter(MemoryIndexWriter):
+    """A writer whose index can be away, or lose the answer after applying a batch."""
+
+    def __init__(self, index: MemoryIndex) -> None:
+        super().__init__(index)
+        self.away = False
+        self.lose_answers = 0
+        self.num_calls = 0
+        self.num_opened = 0
+        self.batches: list[Batch] = []
+        self.accepted: list[str] = []
+        self.settle_older_than_ms: set[int | None] = set()
+        self.is_closed = False
+
+    def _called(self) -> None:
+        self.num_calls += 1
+        if self.away:
+            raise IndexUnavailable("away")
+
+    def open_slot(self, worker: Worker, *, lease_ms: int, takeover: bool = False) -> int:
+        self._called()
+        self.num_opened += 1
+        return super().open_slot(worker, lease_ms=lease_ms, takeover=takeover)
+
+    def apply(self, pool, slot: int, incarnation: str, batch: Batch) -> SlotState:
+        self._called()
+        self.batches.append(batch)
+        state = super().apply(pool, slot, incarnation, batch)
+        if self.lose_answers:
+            self.lose_answers -= 1
+            raise IndexUnavailable("the answer was lost")
+        return state
+
+    def heartbeat(
+        self,
+        pool,
+        slot: int,
+        incarnation: str,
+        load: Load,
+        *,
+        lease_ms: int,
+        accepted: Sequence[str] = (),
+        settle_older_than_ms: int | None = None,
+    ) -> SlotState:
+        self._called()
+        self.accepted += accepted
+        self.settle_older_than_ms.add(settle_older_than_ms)
+        return super().heartbeat(pool, slot, incarnation, load, lease_ms=lease_ms, accepted=accepted)
+
+    def close(self) -> None:
+        self.is_closed = True
+
+
+class Bench:
+    """One publisher with everything around it."""
+
+    def __init__(self, index: MemoryIndex | None = None, worker: Worker | None = None) -> None:
+        self.index = index or MemoryIndex()
+        self.worker = worker or make_worker()
+        self.writer = FaultyWriter(self.index)
+        self.source = ScriptedSource()
+        self.load = LoadReport(Load())
+        self.publisher = Publisher(self.worker, CONFIG, self.writer, self.source, lambda: self.load)
+
+    async def registered(self) -> RegisteredWorker | None:
+        _, workers = await MemoryIndexReader(self.index).workers(self.worker.pool)
+        ours = [w for w in workers if w.worker.incarnation == self.worker.incarnation]
+        return ours[0] if ours else None
+
+    async def holds(self, hashes: Sequence[int]) -> bool:
+        """Return whether the live slot holds exactly these blocks."""
+        found = await self.registered()
+        return (
+            found is not None
+            and found.num_indexed_blocks == len(hashes)
+            and int(found.digest, 16) == reduce(xor, hashes, 0)
+        )
+
+
+@pytest.fixture
+def bench() -> Iterator[Bench]:
+    bench = Bench()
+    bench.publisher.start()
+    yield bench
+    bench.publisher.stop()
+
+
+async def test_blocks_appear_and_vanish(bench: Bench):
+    event, hashes = prompt(1, 2, 3, 4, 5, 6)
+    bench.source.put(event)
+    await eventually(lambda: bench.holds(hashes))
+    bench.source.put(removal(hashes[1:]))
+    await eventually(lambda: bench.holds(hashes[:1]))
+    assert bench.writer.num_opened == 1
+
+
+async def test_load_is_reported_when_it_changes_and_decisions_are_accepted_once(bench: Bench):
+    await eventually(bench.registered)
+    busy = Load(waiting_requests=2, running_requests=1, waiting_prefill_tokens=300, kv_usage=0.5)
+    bench.load = LoadReport(busy, accepted=("0123456789abcdef",))
+    await eventually(lambda: bench.writer.accepted)
+    bench.load = LoadReport(busy)
+    found = await bench.registered()
+    assert found is not None
+    assert found.load == busy
+
+
+async def test_the_lease_is_renewed_while_nothing_happens(bench: Bench):
+    await eventually(bench.registered)
+    opened = time.monotonic()
+    while time.monotonic() - opened < 3 * CONFIG.lease_ms / 1000:
+        assert await bench.registered() is not None
+        await asyncio.sleep(0.01)
+    assert bench.writer.num_opened == 1
+
+
+async def test_stop_takes_the_worker_out_and_releases_everything(bench: Bench):
+    await eventually(bench.registered)
+    bench.publisher.stop()
+    assert await bench.registered() is None
+    assert bench.writer.is_closed
+    assert not bench.source.is_open
+
+
+async def test_while_the_index_is_away_only_the_outcome_is_kept(bench: Bench):
+    kept, kept_hashes = prompt(1, 2, 3, 4)
+    passing, passing_hashes = prompt(7, 8)
+    await eventually(bench.registered)
+    bench.writer.away = True
+    bench.source.put(kept)
+    for _ in range(100):
+        bench.source.put(passing, removal(passing_hashes))
+    num_calls = bench.writer.num_calls
+    await eventually(lambda: bench.writer.num_calls > num_calls + 2)
+    bench.writer.away = False
+    await eventually(lambda: bench.holds(kept_hashes))
+    assert sum(len(batch.stored) + len(batch.removed) for batch in bench.writer.batches) <= 4
+
+
+async def test_a_batch_whose_answer_is_lost_is_repeated_unchanged(bench: Bench):
+    event, hashes = prompt(1, 2, 3, 4)
+    bench.writer.lose_answers = 2
+    bench.source.put(event)
+    await eventually(lambda: len(bench.writer.batches) >= 3)
+    await eventually(lambda: bench.holds(hashes))
+    assert len(set(bench.writer.batches[:3])) == 1
+    assert bench.writer.num_opened == 1
+
+
+async def test_a_lost_slot_is_replaced_by_a_fresh_one_with_the_whole_state(bench: Bench):
+    event, hashes = prompt(1, 2, 3, 4)
+    bench.source.put(event)
+    await eventually(lambda: bench.holds(hashes))
+    for slot in list(bench.index.pool(bench.worker.pool).slots.values()):
+        bench.index.pool(bench.worker.pool).fence(slot)
+    await eventually(lambda: bench.holds(hashes))
+    assert bench.writer.num_opened == 2
+
+
+@pytest.mark.parametrize("damage", ["lost", "added", "altered"])
+async def test_drift_in_the_index_is_found_and_repaired(bench: Bench, damage: str):
+    event, hashes = prompt(1, 2, 3, 4)
+    bench.source.put(event)
+    await eventually(lambda: bench.holds(hashes))
+    (slot,) = bench.index.pool(bench.worker.pool).slots.values()
+    if damage != "added":
+        slot.blocks.discard(hashes[0])
+    if damage != "lost":
+        slot.blocks.add(12345)
+    await eventually(lambda: bench.writer.num_opened == 2)
+    await eventually(lambda: bench.holds(hashes))
+
+
+async def test_a_cleared_cache_takes_a_fresh_slot(bench: Bench):
+    event, hashes = prompt(1, 2, 3, 4)
+    after, after_hashes = prompt(5, 6)
+    bench.source.put(event)
+    await eventually(lambda: bench.holds(hashes))
+    bench.source.put(AllBlocksCleared(), after)
+    await eventually(lambda: bench.holds(after_hashes))
+    assert bench.writer.num_opened == 2
+    assert not any(batch.removed for batch in bench.writer.batches)
+
+
+async def test_lost_events_leave_no_claim_behind(bench: Bench):
+    event, hashes = prompt(1, 2, 3, 4)
+    child = BlockStored(
+        block_hashes=[99], parent_block_hash=hashes[-1] ^ 1, token_ids=[5, 6], block_size=2, medium="GPU"
+    )
+    again, again_hashes = prompt(7, 8)
+    bench.source.put(event)
+    await eventually(lambda: bench.holds(hashes))
+    bench.source.put(EventsLost("gap"), child, again)
+    await eventually(lambda: bench.holds(again_hashes))
+
+
+async def test_nothing_is_resent_when_nothing_was_known(bench: Bench):
+    event, hashes = prompt(1, 2)
+    bench.source.put(EventsLost("joined late"), AllBlocksCleared(), event)
+    await eventually(lambda: bench.holds(hashes))
+    assert bench.writer.num_opened == 1
+
+
+async def test_a_second_process_on_the_endpoint_waits_for_the_lease():
+    first, event = Bench(), prompt(1, 2)[0]
+    second = Bench(first.index, make_worker())
+    first.publisher.start()
+    first.source.put(event)
+    await eventually(first.registered)
+    second.publisher.start()
+    await eventually(lambda: second.writer.num_opened)
+    assert await first.registered() is not None
+    assert await second.registered() is None
+    first.publisher.stop()
+    await eventually(second.registered)
+    second.publisher.stop()
+
+
+async def test_a_large_state_is_sent_in_many_batches_while_the_lease_goes_on(bench: Bench):
+    event, hashes = prompt(*range(20_000))
+    bench.source.put(event)
+    await eventually(lambda: bench.holds(hashes))
+    assert len(bench.writer.batches) == -(-len(hashes) // 128)
+
+
+async def test_age_settles_reservations_for_publishers_that_cannot_name_them():
+    bench = Bench()
+    publisher = Publisher(
+        bench.worker, CONFIG, bench.writer, bench.source, lambda: bench.load, settle_older_than_ms=700
+    )
+    publisher.start()
+    await eventually(lambda: bench.writer.settle_older_than_ms)
+    publisher.stop()
+    assert bench.writer.settle_older_than_ms == {700}

@@ -1,0 +1,78 @@
+"""A whole fleet of simulated engines, every other part real: Redis, gateway, Envoy."""
+
+from __future__ import annotations
+
+import asyncio
+import sys
+import time
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from pathlib import Path
+
+import httpx
+
+from gateway.local_fleet import EngineCommand, FleetOptions, LocalFleet, local_fleet
+from kvindex.config import IndexConfig
+from kvindex.redis_index import RedisIndexReader
+from kvindex.worker import RegisteredWorker
+from tests.support.vllm_engine import tiny_model
+
+LEASE_S = 1.0
+
+
+def simulated(*arguments: str) -> EngineCommand:
+    """Return what starts simulated engines with these arguments."""
+    tokenizer = str(tiny_model())
+
+    def command(port: int, redis_url: str) -> Sequence[str]:
+        where = ("--port", str(port), "--redis-url", redis_url, "--tokenizer", tokenizer)
+        lease = ("--lease-ms", str(int(1000 * LEASE_S)))
+        return [sys.executable, "-m", "tests.support.engine_sim", *where, *lease, *arguments]
+
+    return command
+
+
+@contextmanager
+def simulated_fleet(logs: Path, *arguments: str, num_workers: int = 3) -> Iterator[LocalFleet]:
+    """Run a fleet of simulated engines; ready when entered."""
+    options = FleetOptions(simulated(*arguments), num_workers=num_workers, start_timeout_s=60)
+    with local_fleet(options, logs) as fleet:
+        fleet.wait_until_ready()
+        yield fleet
+
+
+def eventually(condition: Callable[[], object], *, timeout_s: float = 10) -> None:
+    """Return once `condition()` is true, and fail the test if it never is."""
+    deadline = time.monotonic() + timeout_s
+    while not condition():
+        assert time.monotonic() < deadline, "the condition never held"
+        time.sleep(0.02)
+
+
+def registered(fleet: LocalFleet) -> dict[str, RegisteredWorker]:
+    """Return what the index says of every live worker, by endpoint."""
+
+    async def read() -> dict[str, RegisteredWorker]:
+        index = RedisIndexReader(IndexConfig(redis_url=fleet.redis_url))
+        try:
+            found = [each for pool in await index.pools() for each in (await index.workers(pool))[1]]
+        finally:
+            await index.close()
+        return {each.worker.endpoint: each for each in found}
+
+    return asyncio.run(read())
+
+
+def charges(fleet: LocalFleet) -> int:
+    """Return the number of requests that are charged to any worker."""
+    return sum(each.charged_requests for each in registered(fleet).values())
+
+
+def indexed_blocks(fleet: LocalFleet) -> int:
+    """Return the blocks in the index, over all workers."""
+    return sum(each.num_indexed_blocks for each in registered(fleet).values())
+
+
+def seen_by(fleet: LocalFleet, engine: str) -> list[dict[str, object]]:
+    """Return the requests that a simulated engine has ended, in order."""
+    return httpx.get(f"http://{engine}/sim/requests").json()
