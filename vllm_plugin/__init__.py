@@ -1,0 +1,1 @@
+"""The vLLM side: the KV connector, and `kvlane serve`."""

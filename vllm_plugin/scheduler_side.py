@@ -1,0 +1,87 @@
+"""The connector's part in the scheduler's process: publishes what this engine rank holds."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING
+
+from kvindex import metrics
+from kvindex.config import publisher_config
+from kvindex.errors import ConfigError
+from kvindex.event_source import ZmqEventSource
+from kvindex.publisher import Publisher
+from kvindex.redis_index import RedisIndexWriter
+from kvindex.worker import Worker, new_incarnation
+from vllm_plugin import compat
+from vllm_plugin.load import LoadTracker
+
+if TYPE_CHECKING:
+    from vllm.config import VllmConfig
+    from vllm.v1.core.block_pool import BlockPool
+    from vllm.v1.kv_cache_interface import KVCacheConfig
+    from vllm.v1.request import Request
+
+
+class SchedulerSide:
+    """Publishes one engine rank from `start` to `stop`.
+
+    Everything but `start` and `stop` runs on the engine's thread between two steps, and costs microseconds.
+
+    Raises:
+        ConfigError: the engine cannot be published as it is configured; the message says what to change.
+    """
+
+    def __init__(self, vllm_config: VllmConfig, kv_cache_config: KVCacheConfig) -> None:
+        self._config = publisher_config(vllm_config.kv_transfer_config.kv_connector_extra_config)
+        if not self._config.endpoint:
+            raise ConfigError(
+                "kvlane does not know where this engine is reached: set kvlane.endpoint in "
+                "kv_connector_extra_config, or KVLANE_ENDPOINT, to the ip:port of its OpenAI server"
+            )
+        self._events, self._replay = compat.event_endpoints(vllm_config)
+        parallel = vllm_config.parallel_config
+        self.worker = Worker(
+            endpoint=self._config.endpoint,
+            model=vllm_config.model_config.served_model_name,
+            block_size=compat.block_size(kv_cache_config),
+            num_blocks=kv_cache_config.num_blocks,
+            bytes_per_token=compat.bytes_per_token(vllm_config, kv_cache_config),
+            max_model_len=vllm_config.model_config.max_model_len,
+            incarnation=new_incarnation(),
+            dp_rank=parallel.data_parallel_index,
+            dp_size=parallel.data_parallel_size,
+            max_num_batched_tokens=vllm_config.scheduler_config.max_num_batched_tokens,
+            labels=self._config.labels,
+            engine=compat.ENGINE,
+        )
+        self._load: LoadTracker | None = None
+        self._publisher: Publisher | None = None
+
+    def start(self, block_pool: BlockPool) -> None:
+        """Begin to publish; `block_pool` is the scheduler's, which only its thread may change."""
+        count = compat.cached_tokens_counter(block_pool, self.worker.block_size)
+        self._load = LoadTracker(count, block_pool.get_usage)
+        if self._config.metrics_port:
+            metrics.serve(self._config.metrics_port + self.worker.dp_rank)
+        self._publisher = Publisher(
+            self.worker,
+            self._config,
+            RedisIndexWriter(self._config),
+            ZmqEventSource(self._events, self._replay),
+            self._load.report,
+        )
+        self._publisher.start()
+
+    def stop(self) -> None:
+        """Take the worker out of the index. Idempotent."""
+        if self._publisher is not None:
+            self._publisher.stop()
+
+    def on_new_request(self, request: Request) -> None:
+        """Count the request in."""
+        if self._load is not None:
+            self._load.add(request)
+
+    def request_finished(self, request: Request) -> None:
+        """Count the request out: finished, aborted or failed."""
+        if self._load is not None:
+            self._load.remove(request.request_id)
