@@ -1,0 +1,1 @@
+"""The Envoy side: reads a request, asks the index, sends it to the worker that answers soonest."""

@@ -1,0 +1,1 @@
+"""The gateway's side for operators: health, readiness, metrics, fleet, receipts."""

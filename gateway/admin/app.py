@@ -1,0 +1,119 @@
+"""The admin API: health, readiness, metrics, the fleet, and why a request went where it went."""
+
+from __future__ import annotations
+
+from typing import Annotated, Any
+
+import msgspec
+from fastapi import FastAPI, Query, Request, Response
+from prometheus_client import CONTENT_TYPE_LATEST, generate_latest
+
+from gateway.decide import KvRouter
+from gateway.errors import RequestError, TokenizerError
+from gateway.fleet import Fleet
+from gateway.plan import Choice
+from gateway.rates import Rates
+from gateway.receipts import Receipts
+from kvindex.errors import IndexUnavailable
+from kvindex.worker import RegisteredWorker
+
+UNAVAILABLE_ERRORS = (IndexUnavailable, TokenizerError)
+
+
+def create_app(router: KvRouter, fleet: Fleet, *, rates: Rates, receipts: Receipts) -> FastAPI:
+    """Return the app. It authenticates nobody: serve it where only operators reach it."""
+    app = FastAPI(title="kvlane gateway", docs_url=None, redoc_url=None, openapi_url=None)
+
+    @app.get("/health")
+    async def health() -> Response:
+        """Answer as long as the event loop turns."""
+        return _json({"status": "alive"})
+
+    @app.get("/ready")
+    async def ready() -> Response:
+        """Answer 200 once the index has been read; later failures of it only degrade the routing."""
+        if fleet.version == 0:
+            return _json({"status": "unready", "reason": fleet.failure}, status=503)
+        if fleet.failure:
+            return _json({"status": "degraded", "reason": fleet.failure})
+        return _json({"status": "ready"})
+
+    @app.get("/metrics")
+    async def metrics() -> Response:
+        """Return the process's metrics in Prometheus' text format."""
+        return Response(generate_latest(), media_type=CONTENT_TYPE_LATEST)
+
+    @app.get("/fleet")
+    async def show_fleet() -> Response:
+        """Return every live worker with its load, rate and blocks."""
+        snapshot = fleet.snapshot
+
+        def view(registered: RegisteredWorker) -> dict[str, Any]:
+            worker = registered.worker
+            known: dict[str, Any] = msgspec.to_builtins(registered)
+            return known | {
+                "worker_id": worker.worker_id,
+                "pool_id": worker.pool.pool_id,
+                "models": sorted(snapshot.served_names(worker)),
+                "reachable": worker.endpoint not in snapshot.unreachable,
+                "prefill_tokens_per_s": rates.prefill_tokens_per_s(worker),
+                "requests_from_here": router.requests_in_flight.get(worker.worker_id, 0),
+            }
+
+        return _json({"failure": fleet.failure, "workers": [view(each) for each in snapshot.workers()]})
+
+    @app.get("/decisions")
+    async def latest_decisions(limit: Annotated[int, Query(ge=1, le=1000)] = 50) -> Response:
+        """Return the latest receipts, newest first."""
+        return _json([receipt.view() for receipt in receipts.latest(limit)])
+
+    @app.get("/decisions/{key:path}")
+    async def decision(key: str) -> Response:
+        """Return the receipt of a decision id or of a client's x-request-id."""
+        if receipt := receipts.get(key):
+            return _json(receipt.view())
+        return _json({"detail": f"no decision {key} here: too old, or of another gateway"}, status=404)
+
+    @app.post("/prefix")
+    async def prefix(request: Request) -> Response:
+        """Return how much of a prompt each worker holds.
+
+        The body is `{"model", "text"}`, or that of a chat request.
+        """
+        body = await request.body()
+        path = "/v1/chat/completions"
+        try:
+            fields = msgspec.json.decode(body, type=dict[str, Any])
+            if "text" in fields:
+                path = "/v1/completions"
+                body = msgspec.json.encode({"model": fields.get("model"), "prompt": fields["text"]})
+            read, choices = await router.overlaps(path, body)
+        except msgspec.DecodeError as error:
+            return _json({"detail": f"the body is no JSON object: {error}"}, status=400)
+        except RequestError as error:
+            return Response(error.body(), error.status, media_type="application/json")
+        except UNAVAILABLE_ERRORS as error:
+            return _json({"detail": str(error)}, status=503)
+        return _json(
+            {
+                "model": read.model,
+                "prompt_tokens": read.num_tokens,
+                "inexact": read.inexact,
+                "workers": [_view_overlap(choice) for choice in choices],
+            }
+        )
+
+    return app
+
+
+def _view_overlap(choice: Choice) -> dict[str, Any]:
+    candidate = choice.candidate
+    return {
+        "worker": candidate.worker.worker_id,
+        "matched_blocks": candidate.overlap_blocks,
+        "matched_tokens": candidate.overlap_blocks * candidate.worker.block_size,
+    }
+
+
+def _json(content: object, *, status: int = 200) -> Response:
+    return Response(msgspec.json.encode(content), status, media_type="application/json")

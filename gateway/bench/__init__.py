@@ -1,0 +1,1 @@
+"""Measurements that `kvlane bench` prints: what kvlane costs, beside what it is compared with."""

@@ -1,0 +1,54 @@
+"""`kvlane bench`: measure what kvlane costs, beside what it is compared with."""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Annotated
+
+import typer
+from rich.console import Console
+
+from gateway.bench.report import Figure, show, write
+
+app = typer.Typer(
+    no_args_is_help=True,
+    add_completion=False,
+    help="Measure what kvlane costs, beside what it is compared with.",
+)
+
+Scale = Annotated[
+    float, typer.Option(min=0.01, help="Share of the work; below 1 it is quick and the tails mean little.")
+]
+JsonFile = Annotated[
+    Path | None, typer.Option("--json", metavar="FILE", help="Also write the figures there.")
+]
+
+
+@app.command()
+def extproc(
+    tokenizer: Annotated[
+        Path, typer.Option(help="Directory of the tokenizer that chat requests are tokenised with.")
+    ] = Path(".kvlane/tinymodel"),
+    scale: Scale = 1.0,
+    json_file: JsonFile = None,
+) -> None:
+    """Measure the latency that kvlane adds to Envoy, beside a trivial ext_proc server."""
+    from gateway.bench.extproc import run
+
+    _report("Latency added to Envoy", run(tokenizer, scale=scale, console=Console(stderr=True)), json_file)
+
+
+@app.command()
+def index(scale: Scale = 1.0, json_file: JsonFile = None) -> None:
+    """Measure the index in Redis: bytes a block, match and reserve, store rate."""
+    from gateway.bench.index import run
+
+    _report("Index in Redis", run(scale=scale), json_file)
+
+
+def _report(title: str, figures: Sequence[Figure], json_file: Path | None) -> None:
+    show(Console(), title, figures)
+    if json_file is not None:
+        write(json_file, f"kvlane {' '.join(sys.argv[1:])}", figures)

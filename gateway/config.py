@@ -1,0 +1,120 @@
+"""Settings of a gateway process: built once, frozen, unknown keys refused."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Annotated, Any
+
+import yaml
+from pydantic import AfterValidator, Field, SecretStr, ValidationError
+from pydantic_settings import (
+    BaseSettings,
+    PydanticBaseSettingsSource,
+    SettingsConfigDict,
+    SettingsError,
+    YamlConfigSettingsSource,
+)
+
+from kvindex.config import IndexConfig, describe
+from kvindex.errors import ConfigError
+
+
+def split_address(address: str) -> tuple[str, int]:
+    """Return host and port of `host:port` or `[ipv6]:port`.
+
+    Raises:
+        ValueError: no host or no port in it.
+    """
+    host, _, port = address.rpartition(":")
+    if not host or not port.isascii() or not port.isdecimal() or int(port) > 65535:
+        raise ValueError(f"expected host:port, got {address!r}")
+    return host.removeprefix("[").removesuffix("]"), int(port)
+
+
+def _checked(address: str) -> str:
+    split_address(address)
+    return address
+
+
+Address = Annotated[str, AfterValidator(_checked)]
+"""`host:port`; port 0 picks a free one."""
+
+
+class GatewayConfig(IndexConfig):
+    """Everything a gateway may be told; overridden by `KVLANE_LISTEN` and so on."""
+
+    listen: Address = Field("127.0.0.1:9002", description="host:port of ext_proc, EDS and access log.")
+    admin_listen: Address = Field(
+        "127.0.0.1:9003", description="host:port of health, metrics, fleet and receipts."
+    )
+    max_body_bytes: int = Field(16 << 20, gt=0, description="Largest request body that is read.")
+    stop_grace_s: float = Field(5.0, ge=0, description="Time that open streams get when the gateway stops.")
+
+    poll_interval_ms: int = Field(250, gt=0, description="How often the list of workers is read.")
+    probe_interval_s: float = Field(2.0, gt=0, description="How often workers are asked for their models.")
+    probe_timeout_s: float = Field(2.0, gt=0, description="Longest wait for a worker's models.")
+    worker_api_key: SecretStr | None = Field(None, description="Bearer token for the workers' /v1/models.")
+
+    tokenizers: dict[str, str] = Field(
+        default_factory=dict, description="Tokenizer directory by model, where the engines' path is not ours."
+    )
+    chat_templates: dict[str, Path] = Field(
+        default_factory=dict, description="Jinja file by model, where engines run with --chat-template."
+    )
+    trust_request_chat_template: bool = Field(
+        False, description="Engines run with the flag of this name; requests' templates then run here too."
+    )
+    tokenizer_threads: int = Field(2, ge=1, description="Threads that tokenise long prompts.")
+    tokenize_inline_bytes: int = Field(
+        2_048, ge=0, description="Bodies up to this size are tokenised on the event loop, which is faster."
+    )
+    tokenize_deadline_ms: int = Field(100, gt=0, description="Longest wait for a prompt's tokens.")
+    tokenize_deadline_ms_per_mb: int = Field(1_500, ge=0, description="Added to it for each MB of body.")
+    index_deadline_ms: int = Field(50, gt=0, description="Longest wait for each answer of the index.")
+    reserve_tries: int = Field(3, ge=1, description="Plans made before a worker is charged in any case.")
+    reservation_ttl_ms: int = Field(
+        30_000, ge=1_000, description="A reservation that nobody settles counts for this long."
+    )
+    fallbacks: int = Field(3, ge=0, description="Workers named beside the best, for connection failures.")
+    prefill_tokens_per_s: float = Field(
+        10_000, gt=0, description="A worker's prefill speed before any was measured."
+    )
+    retry_after_s: int = Field(1, ge=1, description="Retry-After of a 503.")
+    receipts: int = Field(2_000, ge=1, description="Decisions that can be looked up afterwards.")
+
+    @classmethod
+    def settings_customise_sources(
+        cls,
+        settings_cls: type[BaseSettings],
+        init_settings: PydanticBaseSettingsSource,
+        env_settings: PydanticBaseSettingsSource,
+        dotenv_settings: PydanticBaseSettingsSource,
+        file_secret_settings: PydanticBaseSettingsSource,
+    ) -> tuple[PydanticBaseSettingsSource, ...]:
+        """Order the sources: command line, environment, file."""
+        return init_settings, env_settings, YamlConfigSettingsSource(settings_cls)
+
+
+def load_config(file: Path | None = None, **options: object) -> GatewayConfig:
+    """Build the settings from command-line options, environment and a YAML file, strongest first.
+
+    An option that is None was not given.
+
+    Raises:
+        ConfigError: the file cannot be read, a key is unknown or a value is wrong.
+    """
+
+    class FileConfig(GatewayConfig):
+        model_config = SettingsConfigDict(yaml_file=file)
+
+    if file is not None and not file.is_file():
+        raise ConfigError(f"--config {file}: no such file")
+    given: dict[str, Any] = {name: value for name, value in options.items() if value is not None}
+    try:
+        return FileConfig(**given)
+    except ValidationError as error:
+        raise ConfigError(describe(error)) from error
+    except SettingsError as error:
+        raise ConfigError(str(error)) from error
+    except (yaml.YAMLError, TypeError, ValueError) as error:
+        raise ConfigError(f"--config {file}: not a YAML mapping of settings") from error

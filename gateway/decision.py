@@ -1,0 +1,88 @@
+"""What passes between the protocol servers (ext_proc, access log) and the router behind them."""
+
+from __future__ import annotations
+
+import enum
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from typing import Protocol
+
+
+@dataclass(frozen=True, slots=True)
+class HttpRequest:
+    """A client's request as ext_proc saw it. Header names are lower case; `body` is whole."""
+
+    method: str
+    path: str
+    headers: Mapping[str, str]
+    body: bytes
+    candidates: frozenset[str] | None = None
+    """`ip:port` subset that the endpoint picker protocol allows; None where it sets none."""
+
+
+@dataclass(frozen=True, slots=True)
+class Decision:
+    """Where a request goes. `destinations` are `ip:port`, to be tried in this order, never empty."""
+
+    decision_id: str
+    destinations: tuple[str, ...]
+    request_headers: Mapping[str, str] = field(default_factory=dict)
+    """Headers to set on the way to the engine."""
+    response_headers: Mapping[str, str] = field(default_factory=dict)
+    """Headers to add to the client's answer: worker, matched tokens, decision id, fallback reason."""
+
+
+class End(enum.StrEnum):
+    """How a request's stream ended."""
+
+    COMPLETE = "complete"
+    ABORTED = "aborted"
+    """The client or Envoy went away before the response was over."""
+
+
+@dataclass(frozen=True, slots=True)
+class Served:
+    """What Envoy's access log says of a finished request; None where Envoy did not measure it."""
+
+    decision_id: str
+    status: int
+    worker: str | None
+    ttft_ms: float | None
+    """From the first byte of the request to the first byte of the response body."""
+    duration_ms: float | None
+    request_bytes: int
+    response_bytes: int
+    end: End = End.COMPLETE
+    """ABORTED where the response broke off, which the stream of `Router.finish` cannot always tell."""
+
+
+class Router(Protocol):
+    """The brain behind the servers; safe for any number of concurrent requests on one event loop."""
+
+    async def decide(self, request: HttpRequest) -> Decision:
+        """Choose a worker and charge it.
+
+        Raises:
+            RequestError: the request cannot be served; nothing is charged.
+        """
+
+    async def finish(self, decision_id: str, end: End) -> None:
+        """Settle what `decide` charged. Idempotent; an unknown id is ignored."""
+
+    def record(self, served: Served) -> None:
+        """Add what was measured to the decision's receipt; an unknown id is ignored."""
+
+
+class Endpoints(Protocol):
+    """The workers that Envoy may reach, for EDS."""
+
+    @property
+    def version(self) -> int:
+        """Grows whenever `addresses` changes; 0 until the workers are first known."""
+
+    @property
+    def addresses(self) -> tuple[str, ...]:
+        """`ip:port` of every live worker, sorted, without duplicates."""
+
+    async def changed(self, seen: int) -> None:
+        """Return as soon as `version` differs from `seen`."""

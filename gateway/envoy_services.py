@@ -1,0 +1,54 @@
+"""The services that Envoy speaks to, on one port: ext_proc, endpoint discovery and access log."""
+
+from __future__ import annotations
+
+import contextlib
+from collections.abc import AsyncIterator
+
+import grpc
+
+from gateway.access_log import AccessLogService
+from gateway.config import GatewayConfig
+from gateway.decision import Endpoints, Router
+from gateway.eds import EdsService
+from gateway.extproc.server import ExtProcService
+from kvindex.errors import ConfigError
+
+# Room for what travels beside a body in one message.
+_MESSAGE_OVERHEAD_BYTES = 1 << 20
+
+
+@contextlib.asynccontextmanager
+async def serve_envoy(config: GatewayConfig, router: Router, endpoints: Endpoints) -> AsyncIterator[int]:
+    """Serve ext_proc, EDS and the access log inside the block; yield the port.
+
+    Raises:
+        ConfigError: the address is taken or is not ours.
+    """
+    server = grpc.aio.server(
+        options=[
+            ("grpc.max_receive_message_length", config.max_body_bytes + _MESSAGE_OVERHEAD_BYTES),
+            # A second gateway on the same port would silently take half of the connections.
+            ("grpc.so_reuseport", 0),
+            # Envoy pings to find a gateway that hangs; by default grpc takes that for an attack.
+            ("grpc.http2.max_ping_strikes", 0),
+        ]
+    )
+    ext_proc = ExtProcService(router, max_body_bytes=config.max_body_bytes)
+    services = (ext_proc, EdsService(endpoints), AccessLogService(router))
+    server.add_generic_rpc_handlers(tuple(service.handler() for service in services))
+    try:
+        port = server.add_insecure_port(config.listen)
+    except RuntimeError as error:
+        raise cannot_listen(config.listen, "--listen") from error
+    await server.start()
+    try:
+        yield port
+    finally:
+        await server.stop(config.stop_grace_s)
+        await ext_proc.settled()
+
+
+def cannot_listen(address: str, option: str) -> ConfigError:
+    """Return the error that says so in one line."""
+    return ConfigError(f"cannot listen on {address}, taken or not this machine's: choose another {option}")

@@ -1,0 +1,68 @@
+"""Every error of the gateway.
+
+KvlaneError
+|- ConfigError             from kvindex: a setting is wrong
+`- GatewayError
+   |- ProcessEnded         a process of a local fleet is gone or did not get ready
+   |- BenchFailed          a bench cannot be run here, or was not answered as its figures need it
+   |- RequestError         the client's request cannot be served; carries the OpenAI answer
+   `- TokenizerError       a model's tokenizer or chat template cannot be used here
+"""
+
+from __future__ import annotations
+
+import msgspec
+
+from kvindex.errors import KvlaneError
+
+
+class GatewayError(KvlaneError):
+    """Root of the gateway's errors."""
+
+
+class ProcessEnded(GatewayError):
+    """A process of a local fleet ended by itself or did not become ready in time."""
+
+
+class BenchFailed(GatewayError):
+    """A bench cannot be run here, or was not answered as it must be: its figures would mean nothing."""
+
+
+class TokenizerError(GatewayError):
+    """A tokenizer or chat template cannot be loaded or applied; routing goes on without overlap."""
+
+
+class RequestError(GatewayError):
+    """The request cannot be served.
+
+    Args:
+        status: HTTP status to answer with.
+        message: what is wrong and what to do, for the client.
+        kind: `type` of the OpenAI error object, as vLLM names it (`BadRequestError`, `NotFoundError`).
+        param: the request field at fault.
+        retry_after_s: sent as Retry-After.
+    """
+
+    def __init__(
+        self,
+        status: int,
+        message: str,
+        *,
+        kind: str = "BadRequestError",
+        param: str | None = None,
+        retry_after_s: int | None = None,
+    ) -> None:
+        super().__init__(message)
+        self.status = status
+        self.message = message
+        self.kind = kind
+        self.param = param
+        self.retry_after_s = retry_after_s
+
+    def body(self) -> bytes:
+        """Return the OpenAI error object as JSON.
+
+        Source: vLLM 0.32 `vllm/entrypoints/openai/engine/protocol.py`, ErrorResponse.
+        """
+        error = {"message": self.message, "type": self.kind, "param": self.param, "code": self.status}
+        return msgspec.json.encode({"error": error})

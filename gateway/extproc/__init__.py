@@ -1,0 +1,1 @@
+"""The endpoint picker protocol: Envoy's external processor, as a gRPC service."""

@@ -1,0 +1,55 @@
+"""The ext_proc service: one gRPC stream per HTTP request."""
+
+from __future__ import annotations
+
+import asyncio
+
+import grpc
+
+from gateway.decision import Router
+from gateway.extproc.metrics import OPEN_STREAMS
+from gateway.extproc.session import Session
+from gateway.protos import ext_proc_pb2 as wire
+
+
+class ExtProcService:
+    """Serves `envoy.service.ext_proc.v3.ExternalProcessor` with the decisions of a router."""
+
+    def __init__(self, router: Router, *, max_body_bytes: int) -> None:
+        self._router = router
+        self._max_body_bytes = max_body_bytes
+        self._finishing: set[asyncio.Task[None]] = set()
+
+    def handler(self) -> grpc.GenericRpcHandler:
+        """Return what `grpc.aio.Server.add_generic_rpc_handlers` takes."""
+        return grpc.method_handlers_generic_handler(
+            "envoy.service.ext_proc.v3.ExternalProcessor",
+            {
+                "Process": grpc.stream_stream_rpc_method_handler(
+                    self.process,
+                    request_deserializer=wire.ProcessingRequest.FromString,
+                    response_serializer=wire.ProcessingResponse.SerializeToString,
+                )
+            },
+        )
+
+    async def process(
+        self, _: object, context: grpc.aio.ServicerContext[wire.ProcessingRequest, wire.ProcessingResponse]
+    ) -> None:
+        """Answer one request's messages; settle its decision when the stream ends, however it does."""
+        session = Session(self._router, max_body_bytes=self._max_body_bytes)
+        OPEN_STREAMS.inc()
+        try:
+            while (message := await context.read()) is not grpc.aio.EOF:
+                for response in await session.answer(message):
+                    await context.write(response)
+        finally:
+            OPEN_STREAMS.dec()
+            # Envoy half-closes and then resets: a reset must not cancel the settlement.
+            task = asyncio.create_task(session.finish())
+            self._finishing.add(task)
+            task.add_done_callback(self._finishing.discard)
+
+    async def settled(self) -> None:
+        """Return once every stream that has ended is settled."""
+        await asyncio.gather(*self._finishing)

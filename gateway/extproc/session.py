@@ -1,0 +1,174 @@
+"""One HTTP request as ext_proc tells it, message by message."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Iterable, Iterator
+from itertools import chain
+
+import structlog
+
+from gateway.decision import Decision, End, Router
+from gateway.errors import RequestError
+from gateway.extproc import messages
+from gateway.extproc.messages import Pick
+from gateway.extproc.metrics import HANDLING_SECONDS, REQUESTS
+from gateway.protos import ext_proc_pb2 as wire
+from kvindex.errors import KvlaneError
+
+log = structlog.get_logger(__name__)
+
+# What a defect in the router shows as. It costs the request its pick, not its answer; anything
+# else ends the stream with an error, and Envoy goes by its own failure mode.
+DEFECTS = (
+    ArithmeticError,
+    AssertionError,
+    AttributeError,
+    KvlaneError,
+    LookupError,
+    NameError,
+    OSError,
+    RuntimeError,
+    TypeError,
+    ValueError,
+)
+
+_ROUTED, _REFUSED, _FAILED = map(REQUESTS.labels, ("routed", "refused", "failed"))
+_NO_PICK: Pick = (wire.CommonResponse(), None)
+
+
+class Session:
+    """Answers the messages of one ext_proc stream, which is one HTTP request.
+
+    The request is decided once it is whole. BUFFERED bodies come in one message, and every message
+    gets one answer. FULL_DUPLEX_STREAMED bodies come in chunks; nothing is answered before the
+    decision, and the body is sent back then. `finish` must be called at the end, whatever happened.
+    """
+
+    def __init__(self, router: Router, *, max_body_bytes: int) -> None:
+        self._router = router
+        self._max_body_bytes = max_body_bytes
+        self._decision: Decision | None = None
+        self._headers: dict[str, str] = {}
+        self._candidates: frozenset[str] | None = None
+        self._chunks: list[bytes] = []
+        self._num_body_bytes = 0
+        self._request_mode: wire.BodySendMode = wire.NONE
+        self._response_mode: wire.BodySendMode = wire.NONE
+        self._response_ended = False
+
+    async def answer(self, message: wire.ProcessingRequest) -> Iterable[wire.ProcessingResponse]:
+        """Return the answers to `message`, in order; after a refusal nothing else will be asked."""
+        answers: Iterable[wire.ProcessingResponse] = ()
+        try:
+            match message.WhichOneof("request"):
+                case "request_headers":
+                    answers = await self._request_headers(message)
+                case "request_body":
+                    answers = await self._request_body(message.request_body)
+                case "request_trailers":
+                    answers = await self._request_trailers()
+                case "response_headers":
+                    answers = self._response_headers(message.response_headers)
+                case "response_body":
+                    answers = self._response_body(message.response_body)
+                case "response_trailers":
+                    self._response_ended = True
+                    answers = (wire.ProcessingResponse(response_trailers=wire.TrailersResponse()),)
+        except RequestError as error:
+            _REFUSED.inc()
+            answers = (messages.refusal(error),)
+        return answers
+
+    async def finish(self) -> None:
+        """Settle the decision, if there is one; the stream has ended, and nobody knows from its end how."""
+        if self._decision is not None:
+            end = End.COMPLETE if self._response_ended else End.ABORTED
+            await self._router.finish(self._decision.decision_id, end)
+
+    @property
+    def _is_duplex(self) -> bool:
+        return self._request_mode == wire.FULL_DUPLEX_STREAMED
+
+    async def _request_headers(self, message: wire.ProcessingRequest) -> Iterable[wire.ProcessingResponse]:
+        self._headers = messages.read_headers(message.request_headers)
+        self._candidates = messages.read_subset(message)
+        self._request_mode = message.protocol_config.request_body_mode
+        self._response_mode = message.protocol_config.response_body_mode
+        if message.request_headers.end_of_stream:
+            return (_headers_answer(await self._decide()),)
+        if self._is_duplex:
+            return ()
+        return (wire.ProcessingResponse(request_headers=wire.HeadersResponse()),)
+
+    async def _request_body(self, message: wire.HttpBody) -> Iterable[wire.ProcessingResponse]:
+        self._num_body_bytes += len(message.body)
+        if self._num_body_bytes > self._max_body_bytes:
+            raise RequestError(413, f"The request body is larger than {self._max_body_bytes} bytes.")
+        self._chunks.append(message.body)
+        if self._is_duplex:
+            return self._duplex_answer(await self._decide()) if message.end_of_stream else ()
+        # A buffered body is whole even where trailers follow and the stream has not ended.
+        if message.end_of_stream or self._request_mode != wire.STREAMED:
+            change, metadata = await self._decide()
+            return (
+                wire.ProcessingResponse(
+                    request_body=wire.BodyResponse(response=change), dynamic_metadata=metadata
+                ),
+            )
+        return (wire.ProcessingResponse(request_body=wire.BodyResponse()),)
+
+    async def _request_trailers(self) -> Iterable[wire.ProcessingResponse]:
+        trailers = wire.ProcessingResponse(request_trailers=wire.TrailersResponse())
+        if not self._is_duplex:
+            return (trailers,)
+        return chain(self._duplex_answer(await self._decide(), trailers_follow=True), (trailers,))
+
+    def _duplex_answer(
+        self, pick: Pick, *, trailers_follow: bool = False
+    ) -> Iterator[wire.ProcessingResponse]:
+        yield _headers_answer(pick)
+        body = b"".join(self._chunks)
+        self._chunks.clear()
+        for change in messages.body_chunks(body, end_of_stream=not trailers_follow):
+            yield wire.ProcessingResponse(request_body=wire.BodyResponse(response=change))
+
+    def _response_headers(self, message: wire.HttpHeaders) -> Iterable[wire.ProcessingResponse]:
+        # Where the body stays with Envoy, its end is out of sight; the access log tells it.
+        self._response_ended = message.end_of_stream or self._response_mode == wire.NONE
+        change = wire.CommonResponse()
+        if self._decision is not None:
+            change.header_mutation.CopyFrom(messages.header_mutation(self._decision.response_headers))
+        return (wire.ProcessingResponse(response_headers=wire.HeadersResponse(response=change)),)
+
+    def _response_body(self, message: wire.HttpBody) -> Iterator[wire.ProcessingResponse]:
+        self._response_ended = message.end_of_stream
+        changes: Iterable[wire.CommonResponse] = (wire.CommonResponse(),)
+        if self._response_mode == wire.FULL_DUPLEX_STREAMED:
+            changes = messages.body_chunks(message.body, end_of_stream=message.end_of_stream)
+        for change in changes:
+            yield wire.ProcessingResponse(response_body=wire.BodyResponse(response=change))
+
+    async def _decide(self) -> Pick:
+        started_s = time.perf_counter()
+        body = self._chunks[0] if len(self._chunks) == 1 else b"".join(self._chunks)
+        request = messages.http_request(self._headers, body, self._candidates)
+        try:
+            self._decision = await self._router.decide(request)
+        except RequestError:
+            raise
+        except DEFECTS:
+            log.exception("request passes without a pick", path=request.path)
+            _FAILED.inc()
+            return _NO_PICK
+        finally:
+            HANDLING_SECONDS.observe(time.perf_counter() - started_s)
+        _ROUTED.inc()
+        return messages.pick(self._decision)
+
+
+def _headers_answer(pick: Pick) -> wire.ProcessingResponse:
+    change, metadata = pick
+    return wire.ProcessingResponse(
+        request_headers=wire.HeadersResponse(response=change), dynamic_metadata=metadata
+    )

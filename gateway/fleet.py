@@ -1,0 +1,287 @@
+"""The fleet as this gateway last saw it: live workers, what they serve, whether they can be reached.
+
+Three loops keep it: the index is polled for workers, workers are asked for their models, and what
+dead workers left in the index is swept.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import time
+from collections.abc import Iterable, Iterator, Mapping
+from dataclasses import dataclass, field, replace
+from typing import Any
+
+import httpx
+import structlog
+
+from gateway import metrics
+from gateway.config import GatewayConfig
+from gateway.probe import ModelCard, Unreachable, served_models
+from gateway.tokens.models import Models, ServedModel
+from kvindex.blocks import Pool
+from kvindex.errors import IndexUnavailable
+from kvindex.index import IndexReader
+from kvindex.worker import RegisteredWorker, Worker
+
+log = structlog.get_logger(__name__)
+
+SWEEP_INTERVAL_S = 1.0
+SWEEP_PAUSE_S = 0.02
+SWEEP_BUCKETS = 64
+"""Buckets of one slice: well under 5 ms of the Redis core that everyone shares."""
+
+PROBE_AGAIN_AFTER_S = 1.0
+"""Requests for unknown models or that went astray make the workers be asked at most this often."""
+
+
+@dataclass(frozen=True, slots=True)
+class PoolView:
+    """The live workers of a pool, by slot, as of `registry_version`."""
+
+    pool: Pool
+    registry_version: int
+    workers: Mapping[int, RegisteredWorker]
+
+
+@dataclass(frozen=True, slots=True)
+class FleetSnapshot:
+    """Everything known of the fleet at one moment; never changed, only replaced."""
+
+    pools: Mapping[Pool, PoolView] = field(default_factory=dict)
+    cards: Mapping[str, tuple[ModelCard, ...]] = field(default_factory=dict)
+    """Endpoint to the models it said it serves."""
+    unreachable: frozenset[str] = frozenset()
+    """Endpoints that refused our last connection."""
+    models: Models = field(default_factory=Models)
+    """What requests may ask for."""
+
+    def workers(self) -> Iterable[RegisteredWorker]:
+        """Yield every live worker."""
+        for view in self.pools.values():
+            yield from view.workers.values()
+
+    def endpoints(self) -> tuple[str, ...]:
+        """Return every live endpoint once, sorted."""
+        return tuple(sorted({registered.worker.endpoint for registered in self.workers()}))
+
+    def served_names(self, worker: Worker) -> frozenset[str]:
+        """Return the names by which requests may ask for what `worker` serves."""
+        return frozenset({worker.model, *(card.id for card in self.cards.get(worker.endpoint, ()))})
+
+    def pools_of(self, base: str) -> list[PoolView]:
+        """Return the pools of a base model that have live workers: one for each block size."""
+        return [view for pool, view in self.pools.items() if pool.model == base and view.workers]
+
+
+def _served(snapshot: FleetSnapshot, config: GatewayConfig) -> Iterator[ServedModel]:
+    """Yield every name of every live worker; the longest context of a name first."""
+    workers = [registered.worker for registered in snapshot.workers()]
+    for worker in sorted(workers, key=lambda worker: -worker.max_model_len):
+        cards = snapshot.cards.get(worker.endpoint, ())
+        roots = (card.root for card in cards if card.parent is None and card.root)
+        tokenizer = config.tokenizers.get(worker.model) or next(roots, worker.model)
+        adapters = {card.id for card in cards if card.parent is not None}
+        for name in sorted(snapshot.served_names(worker)):
+            yield ServedModel(
+                name=name,
+                base=worker.model,
+                tokenizer=tokenizer,
+                lora_name=name if name in adapters else None,
+                max_model_len_tokens=worker.max_model_len,
+                chat_template=config.chat_templates.get(worker.model),
+            )
+
+
+class Fleet:
+    """Follows the fleet on one event loop and implements `Endpoints`.
+
+    Args:
+        index: read and swept, not closed.
+        client: HTTP client for the workers, not closed.
+    """
+
+    def __init__(self, config: GatewayConfig, index: IndexReader, client: httpx.AsyncClient) -> None:
+        self._config = config
+        self._index = index
+        self._client = client
+        self._snapshot = FleetSnapshot()
+        self._failure: str | None = "the index has not been read yet"
+        self._version = 0
+        self._changed = asyncio.Event()
+        self._polling = asyncio.Lock()
+        self._probing = asyncio.Lock()
+        self._probe_now = asyncio.Event()
+        self._probed_at = 0.0
+        self._tasks: list[asyncio.Task[None]] = []
+
+    @property
+    def snapshot(self) -> FleetSnapshot:
+        """The latest state."""
+        return self._snapshot
+
+    @property
+    def failure(self) -> str | None:
+        """Why the snapshot may be old; None while the index answers."""
+        return self._failure
+
+    @property
+    def version(self) -> int:
+        """See `Endpoints`. 0 until the index has been read."""
+        return self._version
+
+    @property
+    def addresses(self) -> tuple[str, ...]:
+        """See `Endpoints`. What refuses us may still answer Envoy, so it stays in."""
+        return self._snapshot.endpoints()
+
+    async def changed(self, seen: int) -> None:
+        """See `Endpoints`."""
+        while self._version == seen:
+            await self._changed.wait()
+
+    async def models_changed(self, seen: Models) -> Models:
+        """Return the served models as soon as they are not `seen`."""
+        while self._snapshot.models is seen:
+            await self._changed.wait()
+        return self._snapshot.models
+
+    async def start(self) -> None:
+        """Read the index, ask the workers for their models, then follow both until `stop`.
+
+        Raises:
+            IndexUnavailable: the index cannot be read; nothing was started.
+        """
+        await self.poll()
+        await self.probe()
+        loops = (self._poll_forever, self._probe_forever, self._sweep_forever)
+        self._tasks = [asyncio.create_task(loop()) for loop in loops]
+
+    async def stop(self) -> None:
+        """Stop following. The last snapshot stays."""
+        for task in self._tasks:
+            task.cancel()
+        await asyncio.gather(*self._tasks, return_exceptions=True)
+        self._tasks = []
+
+    async def poll(self) -> None:
+        """Read pools and workers from the index now.
+
+        Raises:
+            IndexUnavailable: the last snapshot stays and `failure` says why.
+        """
+        async with self._polling:
+            await self._poll()
+
+    async def catch_up(self, pool: Pool, registry_version: int) -> None:
+        """Read the index again unless the snapshot of `pool` is of `registry_version`.
+
+        Raises:
+            IndexUnavailable: as `poll`.
+        """
+        async with self._polling:
+            view = self._snapshot.pools.get(pool)
+            if view is None or view.registry_version != registry_version:
+                await self._poll()
+
+    async def probe(self) -> None:
+        """Ask every endpoint for its models now."""
+        async with self._probing:
+            self._probe_now.clear()
+            self._probed_at = time.monotonic()
+            endpoints = self.addresses
+            answers = await asyncio.gather(*map(self._ask, endpoints))
+            refusing = frozenset(e for e, cards in zip(endpoints, answers, strict=True) if cards is None)
+            for endpoint in sorted(refusing ^ self._snapshot.unreachable):
+                log.warning(
+                    "worker reachable" if endpoint not in refusing else "worker refuses connections",
+                    endpoint=endpoint,
+                )
+            known = self._snapshot.cards
+            cards = {
+                endpoint: known.get(endpoint, ()) if answer is None else answer
+                for endpoint, answer in zip(endpoints, answers, strict=True)
+            }
+            self._replace(cards=cards, unreachable=refusing)
+            metrics.UNREACHABLE_ENDPOINTS.set(len(refusing))
+
+    async def look_again(self) -> None:
+        """Ask the workers once more: a name that nobody served a moment ago may be a new adapter."""
+        if time.monotonic() - self._probed_at >= PROBE_AGAIN_AFTER_S:
+            await self.probe()
+
+    def suspect(self) -> None:
+        """Have the workers probed soon: a request did not get where it was sent."""
+        if time.monotonic() - self._probed_at >= PROBE_AGAIN_AFTER_S:
+            self._probe_now.set()
+
+    async def _poll(self) -> None:
+        try:
+            views = await asyncio.gather(*map(self._view, await self._index.pools()))
+        except IndexUnavailable as error:
+            self._note(str(error))
+            raise
+        self._note(None)
+        former = self.addresses
+        self._replace(pools={view.pool: view for view in views})
+        metrics.LIVE_WORKERS.set(sum(len(view.workers) for view in views))
+        if not set(self.addresses) <= self._snapshot.cards.keys():
+            self._probe_now.set()
+        if self.addresses != former or self._version == 0:
+            self._version += 1
+            self._wake()
+
+    async def _view(self, pool: Pool) -> PoolView:
+        registry_version, workers = await self._index.workers(pool)
+        return PoolView(pool, registry_version, {registered.slot: registered for registered in workers})
+
+    async def _ask(self, endpoint: str) -> tuple[ModelCard, ...] | None:
+        try:
+            cards = await served_models(self._client, endpoint)
+        except Unreachable:
+            return None
+        return self._snapshot.cards.get(endpoint, ()) if cards is None else cards
+
+    def _replace(self, **fields: Any) -> None:  # noqa: ANN401 (fields of the snapshot)
+        snapshot = replace(self._snapshot, **fields)
+        models = Models(_served(snapshot, self._config))
+        if list(models) != list(snapshot.models):
+            snapshot = replace(snapshot, models=models)
+            self._wake()
+        self._snapshot = snapshot
+
+    def _wake(self) -> None:
+        self._changed.set()
+        self._changed.clear()
+
+    def _note(self, failure: str | None) -> None:
+        if failure and not self._failure:
+            log.error("index unavailable: going on with the last known fleet", reason=failure)
+        elif self._failure and not failure:
+            log.info("index available")
+        self._failure = failure
+        metrics.INDEX_AVAILABLE.set(failure is None)
+
+    async def _poll_forever(self) -> None:
+        while True:
+            await asyncio.sleep(self._config.poll_interval_ms / 1000)
+            with contextlib.suppress(IndexUnavailable):
+                await self.poll()
+
+    async def _probe_forever(self) -> None:
+        while True:
+            with contextlib.suppress(TimeoutError):
+                async with asyncio.timeout(self._config.probe_interval_s):
+                    await self._probe_now.wait()
+            await self.probe()
+
+    async def _sweep_forever(self) -> None:
+        pause_s = SWEEP_INTERVAL_S
+        while True:
+            await asyncio.sleep(pause_s)
+            pause_s = SWEEP_INTERVAL_S
+            for pool in self._snapshot.pools:
+                with contextlib.suppress(IndexUnavailable):
+                    if await self._index.sweep(pool, max_buckets=SWEEP_BUCKETS):
+                        pause_s = SWEEP_PAUSE_S

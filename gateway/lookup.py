@@ -1,0 +1,126 @@
+"""From a prompt to the workers that may serve it: hashes, one call to the index, filters."""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import Iterable
+from dataclasses import dataclass
+
+from gateway.fleet import Fleet
+from gateway.plan import Candidate, Demand, obstacle
+from gateway.rates import Rates
+from gateway.tokens.models import ServedModel
+from gateway.tokens.request import Prompt, ReadRequest
+from kvindex.blocks import BlockHash, Pool, hash_blocks, root_hash
+from kvindex.index import IndexReader
+from kvindex.worker import RegisteredWorker, WorkerState
+
+
+@dataclass(frozen=True, slots=True)
+class Found:
+    """The workers that may serve a request, and why the others may not, by worker id."""
+
+    candidates: tuple[Candidate, ...]
+    excluded: dict[str, str]
+
+
+def longest_prompt(read: ReadRequest) -> Prompt:
+    """Return the prompt of a list that decides where the list goes: the one with most to save."""
+    return max(read.prompts, key=lambda prompt: prompt.num_comparable_tokens)
+
+
+def allowed(
+    registered: Iterable[RegisteredWorker], demand: Demand, fleet: Fleet
+) -> tuple[list[RegisteredWorker], dict[str, str]]:
+    """Split workers into those that may serve `demand` and the reasons why the others may not.
+
+    Workers that refuse our connections are left out unless no other is left: they may still answer
+    Envoy.
+    """
+    snapshot = fleet.snapshot
+    excluded: dict[str, str] = {}
+    reachable: list[RegisteredWorker] = []
+    refusing: list[RegisteredWorker] = []
+    for each in registered:
+        worker = each.worker
+        if reason := obstacle(worker, snapshot.served_names(worker), demand):
+            excluded[worker.worker_id] = reason
+        elif worker.endpoint in snapshot.unreachable:
+            refusing.append(each)
+        else:
+            reachable.append(each)
+    if not reachable:
+        return refusing, excluded
+    return reachable, excluded | {each.worker.worker_id: "refuses connections" for each in refusing}
+
+
+def registered_state(registered: RegisteredWorker) -> WorkerState:
+    """Return a worker's state as of the registry's last answer."""
+    return WorkerState(
+        slot=registered.slot,
+        load=registered.load,
+        charged_tokens=registered.charged_tokens,
+        charged_requests=registered.charged_requests,
+    )
+
+
+class Lookup:
+    """Finds candidates with their overlap. Holds no state of its own."""
+
+    def __init__(self, index: IndexReader, fleet: Fleet, rates: Rates) -> None:
+        self._index = index
+        self._fleet = fleet
+        self._rates = rates
+
+    async def find(self, demand: Demand, served: ServedModel, read: ReadRequest | None) -> Found:
+        """Return the candidates for `demand` in every pool of the base model.
+
+        Args:
+            served: the model that the request names.
+            read: its prompts; without them every overlap is 0.
+
+        Raises:
+            IndexUnavailable: the index does not answer.
+        """
+        views = self._fleet.snapshot.pools_of(served.base)
+        found = await asyncio.gather(
+            *(self._find_in(view.pool, demand, served.lora_name, read) for view in views)
+        )
+        return Found(
+            candidates=tuple(candidate for each in found for candidate in each.candidates),
+            excluded={name: reason for each in found for name, reason in each.excluded.items()},
+        )
+
+    async def _find_in(
+        self, pool: Pool, demand: Demand, lora_name: str | None, read: ReadRequest | None
+    ) -> Found:
+        hashes: list[BlockHash] = []
+        if read is not None:
+            prompt = longest_prompt(read)
+            root = root_hash(pool.model, lora_name=lora_name, cache_salt=read.cache_salt)
+            hashes = hash_blocks(root, prompt.tokens[: prompt.num_comparable_tokens], pool.block_size)
+        match = await self._index.match(pool, hashes)
+        # A slot number means nothing under another registry version: it may have a new owner.
+        await self._fleet.catch_up(pool, match.registry_version)
+        view = self._fleet.snapshot.pools.get(pool)
+        registered = view.workers if view else {}
+        states = {state.slot: state for state in match.states}
+        workers, excluded = allowed(
+            [registered[slot] for slot in states if slot in registered], demand, self._fleet
+        )
+        candidates = tuple(
+            self._candidate(each, states[each.slot], match.overlap_blocks.get(each.slot, 0))
+            for each in workers
+        )
+        return Found(candidates, excluded)
+
+    def _candidate(self, registered: RegisteredWorker, state: WorkerState, overlap_blocks: int) -> Candidate:
+        worker = registered.worker
+        return Candidate(
+            worker=worker,
+            state=state,
+            overlap_blocks=overlap_blocks,
+            prefill_tokens_per_s=self._rates.prefill_tokens_per_s(worker),
+            # `kvlane publish` may not know the size of the cache.
+            cache_fill=registered.num_indexed_blocks / worker.num_blocks if worker.num_blocks else 0.0,
+        )

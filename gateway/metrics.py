@@ -1,0 +1,34 @@
+"""Prometheus metrics of routing, on the default registry. Label values come from small fixed sets."""
+
+from __future__ import annotations
+
+from prometheus_client import Counter, Gauge, Histogram
+
+DECISIONS = Counter(
+    "kvlane_gateway_decisions",
+    "Decisions by how they were made and, where overlap was not used, why.",
+    ["mode", "fallback"],
+)
+REJECTED = Counter("kvlane_gateway_rejected", "Requests answered with an error by the router.", ["status"])
+PROMPT_TOKENS = Counter("kvlane_gateway_prompt_tokens", "Prompt tokens of planned requests.")
+MATCHED_TOKENS = Counter("kvlane_gateway_matched_tokens", "Prompt tokens cached at the chosen worker.")
+REPLANS = Counter("kvlane_gateway_replans", "Plans made again because the chosen worker's load had grown.")
+SETTLE_FAILURES = Counter(
+    "kvlane_gateway_settle_failures", "Reservations left to expire because the index was away."
+)
+IN_FLIGHT = Gauge("kvlane_gateway_requests_in_flight", "Requests decided and not yet finished.")
+STEP_SECONDS = Histogram(
+    "kvlane_gateway_step_seconds",
+    "Duration of a decision's steps: read (tokens), match, plan, reserve.",
+    ["step"],
+    buckets=(0.0002, 0.0005, 0.001, 0.002, 0.005, 0.01, 0.02, 0.05, 0.1, 0.2, 0.5, 1.0),
+)
+TTFT_ERROR_SECONDS = Histogram(
+    "kvlane_gateway_ttft_error_seconds",
+    "Distance of measured from predicted time to first token of streamed requests.",
+    ["direction"],
+    buckets=(0.001, 0.003, 0.01, 0.03, 0.1, 0.3, 1.0, 3.0, 10.0, 30.0),
+)
+LIVE_WORKERS = Gauge("kvlane_gateway_live_workers", "Workers with a live lease.")
+UNREACHABLE_ENDPOINTS = Gauge("kvlane_gateway_unreachable_endpoints", "Live endpoints that refuse us.")
+INDEX_AVAILABLE = Gauge("kvlane_gateway_index_available", "1 while the index answers, 0 otherwise.")

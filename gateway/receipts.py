@@ -1,0 +1,113 @@
+"""What became of every decision: who was considered, each term, what was chosen, what was measured.
+
+Kept in memory, bounded by count. Prompt text and token ids are never in a receipt.
+"""
+
+from __future__ import annotations
+
+import time
+from collections import OrderedDict
+from collections.abc import Iterable
+from itertools import islice
+from typing import Any
+
+import msgspec
+
+from gateway.decision import End, Served
+from gateway.plan import Choice
+
+
+class Receipt(msgspec.Struct, kw_only=True):
+    """One decision. Filled by the router on its event loop while the request lives."""
+
+    decision_id: str
+    request_id: str
+    """x-request-id as the client sent it, or what was generated for it."""
+    path: str
+    at: float = msgspec.field(default_factory=time.time)
+    """Unix time in seconds."""
+    model: str | None = None
+    mode: str = ""
+    fallback: str | None = None
+    """Why the decision was not made by overlap."""
+    inexact: str | None = None
+    """Why the tokens may differ from the engine's."""
+    streamed: bool = False
+    prompt_tokens: int = 0
+    choices: tuple[Choice, ...] = ()
+    """Every candidate, best first; empty where the index was not asked."""
+    excluded: dict[str, str] = {}
+    """Worker id to the reason why it was no candidate."""
+    chosen: str | None = None
+    """Worker id."""
+    destinations: tuple[str, ...] = ()
+    replans: int = 0
+    steps_ms: dict[str, float] = {}
+    """Duration of each step of the decision."""
+    end: End | None = None
+    served: Served | None = None
+
+    @property
+    def choice(self) -> Choice | None:
+        """The chosen candidate, where there was a plan."""
+        return self.choices[0] if self.choices else None
+
+    def view(self) -> dict[str, Any]:
+        """Return the receipt as JSON-ready values."""
+        fields: dict[str, Any] = msgspec.to_builtins(
+            {name: getattr(self, name) for name in self.__struct_fields__ if name != "choices"}
+        )
+        choice = self.choice
+        fields["matched_tokens"] = choice.cached_tokens if choice else 0
+        fields["predicted_ttft_ms"] = choice.terms.ttft_ms if choice else None
+        fields["candidates"] = [_view_choice(choice) for choice in self.choices]
+        return fields
+
+
+def _view_choice(choice: Choice) -> dict[str, Any]:
+    candidate, state = choice.candidate, choice.candidate.state
+    return {
+        "worker": candidate.worker.worker_id,
+        "slot": state.slot,
+        "overlap_blocks": candidate.overlap_blocks,
+        "cached_tokens": choice.cached_tokens,
+        "uncached_tokens": choice.uncached_tokens,
+        "backlog_tokens": state.backlog_tokens,
+        "running_requests": state.load.running_requests,
+        "waiting_requests": state.load.waiting_requests,
+        "charged_requests": state.charged_requests,
+        "kv_usage": state.load.kv_usage,
+        "prefill_tokens_per_s": candidate.prefill_tokens_per_s,
+        "terms": msgspec.to_builtins(choice.terms),
+        "ttft_ms": choice.terms.ttft_ms,
+    }
+
+
+class Receipts:
+    """The latest receipts, by decision id and by the client's request id.
+
+    Args:
+        capacity: receipts kept; the oldest go first.
+    """
+
+    def __init__(self, capacity: int) -> None:
+        self._capacity = capacity
+        self._by_decision: OrderedDict[str, Receipt] = OrderedDict()
+        self._by_request: dict[str, str] = {}
+
+    def add(self, receipt: Receipt) -> None:
+        """Keep `receipt`; of several under one request id, the latest is found by it."""
+        self._by_decision[receipt.decision_id] = receipt
+        self._by_request[receipt.request_id] = receipt.decision_id
+        while len(self._by_decision) > self._capacity:
+            decision_id, oldest = self._by_decision.popitem(last=False)
+            if self._by_request.get(oldest.request_id) == decision_id:
+                del self._by_request[oldest.request_id]
+
+    def get(self, key: str) -> Receipt | None:
+        """Return the receipt of a decision id or a request id."""
+        return self._by_decision.get(key) or self._by_decision.get(self._by_request.get(key, ""))
+
+    def latest(self, limit: int) -> Iterable[Receipt]:
+        """Return up to `limit` receipts, newest first."""
+        return islice(reversed(self._by_decision.values()), limit)

@@ -1,0 +1,101 @@
+"""The gateway process: router, the services for Envoy and the admin API, on one event loop."""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import signal
+import socket
+from collections.abc import AsyncIterator, Iterator
+
+import structlog
+import uvicorn
+from fastapi import FastAPI
+
+from gateway.admin.app import create_app
+from gateway.config import GatewayConfig, split_address
+from gateway.decide import KvRouter
+from gateway.envoy_services import cannot_listen, serve_envoy
+from gateway.fleet import Fleet
+from gateway.probe import worker_client
+from gateway.rates import Rates
+from gateway.receipts import Receipts
+from gateway.tokens.reader import PromptReader
+from kvindex.redis_index import RedisIndexReader
+
+log = structlog.get_logger(__name__)
+
+
+async def run(config: GatewayConfig) -> None:
+    """Serve until SIGTERM or SIGINT; then requests under way get `config.stop_grace_s` to end.
+
+    Raises:
+        ConfigError: an address cannot be listened on, or the Redis URL is none.
+        IndexUnavailable: Redis cannot be reached at the start.
+    """
+    stopped = asyncio.Event()
+    for number in (signal.SIGINT, signal.SIGTERM):
+        asyncio.get_running_loop().add_signal_handler(number, stopped.set)
+    async with contextlib.AsyncExitStack() as exits:
+        # Bound first: a taken port is said at once.
+        admin_socket = exits.enter_context(_listen(config.admin_listen))
+        index = RedisIndexReader(config)
+        exits.push_async_callback(index.close)
+        client = await exits.enter_async_context(worker_client(config))
+        fleet = Fleet(config, index, client)
+        reader = PromptReader(
+            lambda: fleet.snapshot.models,
+            num_threads=config.tokenizer_threads,
+            inline_bytes=config.tokenize_inline_bytes,
+            trust_request_chat_template=config.trust_request_chat_template,
+        )
+        exits.callback(reader.close)
+        rates, receipts = Rates(config.prefill_tokens_per_s), Receipts(config.receipts)
+        router = KvRouter(config, index, fleet, reader, rates=rates, receipts=receipts)
+        exits.push_async_callback(router.stop)
+        await fleet.start()
+        exits.push_async_callback(fleet.stop)
+        await reader.prepare()
+        preparing = asyncio.create_task(_keep_prepared(reader, fleet))
+        exits.callback(preparing.cancel)
+        app = create_app(router, fleet, rates=rates, receipts=receipts)
+        await exits.enter_async_context(_serve_admin(app, admin_socket))
+        port = await exits.enter_async_context(serve_envoy(config, router, fleet))
+        admin_port = admin_socket.getsockname()[1]
+        log.info("gateway serves", host=config.listen.rpartition(":")[0], port=port, admin_port=admin_port)
+        await stopped.wait()
+        log.info("gateway stops")
+
+
+async def _keep_prepared(reader: PromptReader, fleet: Fleet) -> None:
+    while True:
+        models = fleet.snapshot.models
+        await reader.prepare()
+        await fleet.models_changed(models)
+
+
+class _AdminServer(uvicorn.Server):
+    """A uvicorn that leaves the process's signals to `run`."""
+
+    @contextlib.contextmanager
+    def capture_signals(self) -> Iterator[None]:
+        yield
+
+
+@contextlib.asynccontextmanager
+async def _serve_admin(app: FastAPI, listening: socket.socket) -> AsyncIterator[None]:
+    server = _AdminServer(uvicorn.Config(app, log_config=None, access_log=False, timeout_graceful_shutdown=1))
+    task = asyncio.create_task(server.serve(sockets=[listening]))
+    try:
+        yield
+    finally:
+        server.should_exit = True
+        await task
+
+
+def _listen(address: str) -> socket.socket:
+    host, port = split_address(address)
+    try:
+        return socket.create_server((host, port), family=socket.AF_INET6 if ":" in host else socket.AF_INET)
+    except OSError as error:
+        raise cannot_listen(address, "--admin-listen") from error

@@ -1,0 +1,52 @@
+"""What the router needs to know of a request, whatever API it came by."""
+
+from __future__ import annotations
+
+import enum
+from dataclasses import dataclass
+
+from kvindex.blocks import Tokens
+
+
+class Api(enum.StrEnum):
+    """The APIs whose prompts are understood; everything else passes to any live worker."""
+
+    CHAT = "chat"
+    COMPLETION = "completion"
+    EMBEDDING = "embedding"
+    TOKENIZE = "tokenize"
+
+
+@dataclass(frozen=True, slots=True)
+class Prompt:
+    """One prompt as the engine will cache it.
+
+    `num_comparable_tokens` counts the leading tokens whose content is known here: everything, or what
+    comes before the first image, audio or video, whose cache keys only the engine can compute.
+    """
+
+    tokens: Tokens
+    num_comparable_tokens: int
+
+
+@dataclass(frozen=True, slots=True)
+class ReadRequest:
+    """A parsed request.
+
+    `model` is the name in the body: a base model or a LoRA adapter. A list of prompts (completions,
+    embeddings) goes to one worker as a whole, as its client sent it.
+    """
+
+    api: Api
+    model: str
+    prompts: tuple[Prompt, ...]
+    cache_salt: str | None = None
+    stream: bool = False
+    max_output_tokens: int | None = None
+    inexact: str | None = None
+    """Why the tokens may differ from the engine's; None where they are exact."""
+
+    @property
+    def num_tokens(self) -> int:
+        """Prompt tokens over all prompts."""
+        return sum(len(prompt.tokens) for prompt in self.prompts)

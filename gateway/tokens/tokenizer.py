@@ -1,0 +1,202 @@
+"""Tokenizers, loaded once and used as the engines use them.
+
+Source: vLLM 0.32 `vllm/renderers/params.py` (TokenizeParams), `vllm/tokenizers/registry.py`.
+"""
+
+from __future__ import annotations
+
+import asyncio
+from concurrent.futures import Executor
+from dataclasses import dataclass
+from itertools import takewhile
+from pathlib import Path
+from typing import TYPE_CHECKING, Protocol
+
+import structlog
+
+from gateway.errors import TokenizerError
+from gateway.tokens.bodies import Chat, Side
+from gateway.tokens.models import ServedModel
+from gateway.tokens.request import Prompt
+from gateway.tokens.template import TemplateTokenizer, render
+
+if TYPE_CHECKING:
+    from tokenizers import Encoding, Tokenizer
+
+log = structlog.get_logger(__name__)
+
+RETRY_S = 30.0
+"""How long a tokenizer that could not be loaded is not tried again."""
+
+# With these beside each other, the engine takes Mistral's tokenizer instead of the one in tokenizer.json.
+_MISTRAL_FILES = ("tekken.json", "consolidated.safetensors")
+
+# The engine writes these models' chats in Python code of its own, not by a template.
+_CHATS_IN_CODE = frozenset(
+    {
+        *("GptOssForCausalLM", "DeepseekV32ForCausalLM", "DeepseekV4ForCausalLM", "DeepseekV41ForCausalLM"),
+        *("DeepseekV4ForConditionalGeneration", "KimiK3ForConditionalGeneration", "MoonshotKimiaForCausalLM"),
+        *("InklingForCausalLM", "InklingForConditionalGeneration"),
+    }
+)
+
+
+class HfTokenizer(TemplateTokenizer, Protocol):
+    """A fast tokenizer of transformers."""
+
+    backend_tokenizer: Tokenizer
+    split_special_tokens: bool
+
+    def get_vocab(self) -> dict[str, int]:
+        """Return every token with its id."""
+
+
+@dataclass(frozen=True, slots=True)
+class Truncation:
+    """Which tokens of a prompt the engine keeps."""
+
+    num_tokens: int
+    side: Side
+    """From which side tokens are dropped."""
+    counts_special_tokens: bool
+    """Special tokens are cut like others (a side was asked for), or always kept."""
+
+
+class ModelTokenizer:
+    """A model's tokenizer and chat template. Thread-safe; encoding frees the GIL.
+
+    Args:
+        tokenizer: a transformers tokenizer with a Rust backend, owned from now on.
+        chat_template: Jinja text that the engines were given instead of the tokenizer's own.
+        chats_in_code: the engine does not use templates for this model.
+    """
+
+    def __init__(
+        self, tokenizer: HfTokenizer, *, chat_template: str | None = None, chats_in_code: bool = False
+    ) -> None:
+        self._tokenizer = tokenizer
+        self._chat_template = chat_template
+        self._chats_in_code = chats_in_code
+        self._encoder = tokenizer.backend_tokenizer
+        self._encoder.no_padding()
+        self._encoder.no_truncation()
+        self._encoder.encode_special_tokens = tokenizer.split_special_tokens
+        self.max_chars_per_token: int = max(map(len, tokenizer.get_vocab()), default=1)
+
+    @classmethod
+    def load(cls, model: ServedModel) -> ModelTokenizer:
+        """Load the tokenizer of `model` from its directory or, unless offline, from the hub. Blocking.
+
+        Raises:
+            TokenizerError: it cannot be had, or only the engine can apply it.
+        """
+        from transformers import AutoTokenizer, PreTrainedConfig
+        from transformers.utils.hub import has_file
+
+        source = model.tokenizer
+        where = f"tokenizer of {model.base} ({source})"
+        try:
+            template = None if model.chat_template is None else model.chat_template.read_text()
+            tokenizer = AutoTokenizer.from_pretrained(source)
+            config, _ = PreTrainedConfig.get_config_dict(source)
+            is_mistral = all(has_file(source, name) for name in _MISTRAL_FILES)
+        # The tokenizers library raises Exception itself for files that it cannot read.
+        except Exception as error:
+            reason = str(error).partition("\n")[0]
+            cure = f"give its directory to the gateway, tokenizers: {{{model.base}: DIRECTORY}}"
+            raise TokenizerError(f"{where}: {reason}; {cure}") from error
+        if is_mistral:
+            raise TokenizerError(f"{where}: Mistral's own format, which only the engine reads")
+        if not tokenizer.is_fast:
+            raise TokenizerError(f"{where}: written in Python, too slow for a gateway")
+        chats_in_code = bool(_CHATS_IN_CODE & set(config.get("architectures") or ()))
+        return cls(tokenizer, chat_template=template, chats_in_code=chats_in_code)
+
+    def render(self, chat: Chat, *, use_own_template: bool) -> tuple[str, int | None]:
+        """Return the prompt's text, and how many of its characters precede the first image, audio or video.
+
+        The second is None where there is none.
+
+        Args:
+            chat: a conversation.
+            use_own_template: apply the template that came with the request, if any.
+
+        Raises:
+            RequestError: 400, no template, or it refuses the conversation.
+            TokenizerError: the engine writes this model's chats in code.
+        """
+        if self._chats_in_code:
+            raise TokenizerError("the engine writes this model's chats in code, not by a template")
+        template = (chat.template if use_own_template else None) or self._chat_template
+        return render(self._tokenizer, chat, template)
+
+    def encode(
+        self, text: str, *, add_special_tokens: bool, truncation: Truncation | None = None
+    ) -> list[int]:
+        """Return the tokens of `text`."""
+        if truncation is None or truncation.counts_special_tokens:
+            return cut(self._encode(text, add_special_tokens).ids, truncation)
+        # The tokenizer makes room for the special tokens that it adds.
+        encoding = self._encode(text, add_special_tokens=False)
+        num_added = self._encoder.num_special_tokens_to_add(False) if add_special_tokens else 0
+        encoding.truncate(max(truncation.num_tokens - num_added, 0), direction=truncation.side)
+        if add_special_tokens:
+            encoding = self._encoder.post_process(encoding)
+        return cut(encoding.ids, truncation)
+
+    def encode_until(self, text: str, num_chars: int, *, add_special_tokens: bool) -> Prompt:
+        """Return the tokens of `text`; comparable are those within its first `num_chars` characters."""
+        (encoding,) = self._encoder.encode_batch([text], add_special_tokens=add_special_tokens)
+        within = takewhile(lambda offsets: offsets[1] <= num_chars, encoding.offsets)
+        return Prompt(encoding.ids, sum(1 for _ in within))
+
+    def _encode(self, text: str, add_special_tokens: bool) -> Encoding:
+        # Unlike encode, the batch call frees the GIL; "fast" leaves out offsets, which nobody reads.
+        (encoding,) = self._encoder.encode_batch_fast([text], add_special_tokens=add_special_tokens)
+        return encoding
+
+
+def cut(tokens: list[int], truncation: Truncation | None) -> list[int]:
+    """Return what `truncation` leaves of `tokens`."""
+    if truncation is None or len(tokens) <= truncation.num_tokens:
+        return tokens
+    if truncation.side == "right":
+        return tokens[: truncation.num_tokens]
+    return tokens[len(tokens) - truncation.num_tokens :]
+
+
+class Tokenizers:
+    """Loads each tokenizer once, off the event loop, and remembers failures for a while.
+
+    Args:
+        pool: threads that load.
+    """
+
+    def __init__(self, pool: Executor) -> None:
+        self._pool = pool
+        self._loading: dict[tuple[str, Path | None], asyncio.Future[ModelTokenizer]] = {}
+
+    async def get(self, model: ServedModel) -> ModelTokenizer:
+        """Return the tokenizer of `model`; at once if it was loaded before.
+
+        A caller that gives up does not stop the loading.
+
+        Raises:
+            TokenizerError: see `ModelTokenizer.load`; a failure is repeated for `RETRY_S`.
+        """
+        key = (model.tokenizer, model.chat_template)
+        loading = self._loading.get(key)
+        if loading is None:
+            loop = asyncio.get_running_loop()
+            loading = loop.run_in_executor(self._pool, ModelTokenizer.load, model)
+            self._loading[key] = loading
+            loading.add_done_callback(lambda done: self._loaded(model, key, done))
+        return await asyncio.shield(loading)
+
+    def _loaded(
+        self, model: ServedModel, key: tuple[str, Path | None], done: asyncio.Future[ModelTokenizer]
+    ) -> None:
+        if done.cancelled() or (error := done.exception()) is None:
+            return
+        log.error("no tokenizer: requests are routed by load alone", model=model.base, reason=str(error))
+        done.get_loop().call_later(RETRY_S, self._loading.pop, key, None)

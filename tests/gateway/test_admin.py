@@ -1,0 +1,206 @@
+from __future__ import annotations
+
+import httpx
+import pytest
+
+from gateway.admin.app import create_app
+from gateway.config import GatewayConfig
+from gateway.decide import KvRouter
+from gateway.decision import End, HttpRequest
+from gateway.errors import RequestError, TokenizerError
+from gateway.fleet import Fleet
+from gateway.probe import worker_client
+from gateway.rates import Rates
+from gateway.receipts import Receipts
+from gateway.tokens.request import Api, Prompt, ReadRequest
+from kvindex.blocks import hash_blocks, root_hash
+from kvindex.errors import IndexUnavailable
+from kvindex.memory_index import MemoryIndex, MemoryIndexReader, MemoryIndexWriter
+from kvindex.worker import Batch
+from tests.support.workers import make_worker
+
+PROMPT = tuple(range(100))
+
+
+class Outage(MemoryIndexReader):
+    """A reader that cannot be reached while `down`."""
+
+    down = False
+
+    async def pools(self):
+        if self.down:
+            raise IndexUnavailable("redis://nowhere: refused")
+        return await super().pools()
+
+    async def match(self, pool, hashes):
+        if self.down:
+            raise IndexUnavailable("redis://nowhere: refused")
+        return await super().match(pool, hashes)
+
+
+class RecordingReader:
+    """Understands everything as `PROMPT` and keeps what it was given."""
+
+    def __init__(self) -> None:
+        self.given = []
+        self.failure = None
+
+    async def read(self, path, body):
+        self.given.append((path, body))
+        if self.failure:
+            raise self.failure
+        return ReadRequest(Api.COMPLETION, "tiny", (Prompt(PROMPT, len(PROMPT)),))
+
+
+class Gateway:
+    """All that the admin app shows, on a memory index with one worker that holds two blocks."""
+
+    def __init__(self, client) -> None:
+        memory = MemoryIndex()
+        self.index = Outage(memory)
+        self.reader = RecordingReader()
+        self.fleet = Fleet(GatewayConfig(), self.index, client)
+        self.receipts = Receipts(10)
+        rates = Rates(1000)
+        self.router = KvRouter(
+            GatewayConfig(index_deadline_ms=2_000),
+            self.index,
+            self.fleet,
+            self.reader,
+            rates=rates,
+            receipts=self.receipts,
+        )
+        self.app = create_app(self.router, self.fleet, rates=rates, receipts=self.receipts)
+        worker = make_worker("a:1")
+        writer = MemoryIndexWriter(memory)
+        slot = writer.open_slot(worker, lease_ms=60_000)
+        blocks = hash_blocks(root_hash("tiny"), PROMPT, 16)
+        writer.apply(worker.pool, slot, worker.incarnation, Batch(sequence=1, stored=tuple(blocks[:2])))
+
+
+@pytest.fixture
+async def gateway():
+    async with worker_client(GatewayConfig()) as client:
+        yield Gateway(client)
+
+
+@pytest.fixture
+async def admin(gateway):
+    transport = httpx.ASGITransport(gateway.app)
+    async with httpx.AsyncClient(transport=transport, base_url="http://admin") as client:
+        yield client
+
+
+async def decide(gateway, **headers):
+    request = HttpRequest("POST", "/v1/completions", headers, b"{}")
+    return await gateway.router.decide(request)
+
+
+async def test_health_needs_nothing(admin):
+    answer = await admin.get("/health")
+    assert (answer.status_code, answer.json()) == (200, {"status": "alive"})
+
+
+async def test_readiness_waits_for_the_index_and_then_only_degrades(admin, gateway):
+    answer = await admin.get("/ready")
+    assert answer.status_code == 503
+    assert "not been read" in answer.json()["reason"]
+    await gateway.fleet.poll()
+    assert (await admin.get("/ready")).json() == {"status": "ready"}
+    gateway.index.down = True
+    with pytest.raises(IndexUnavailable):
+        await gateway.fleet.poll()
+    answer = await admin.get("/ready")
+    assert answer.status_code == 200
+    assert answer.json() == {"status": "degraded", "reason": "redis://nowhere: refused"}
+
+
+async def test_metrics_count_decisions(admin, gateway):
+    await gateway.fleet.poll()
+    await decide(gateway)
+    text = (await admin.get("/metrics")).text
+    assert 'kvlane_gateway_decisions_total{fallback="",mode="overlap"}' in text
+    assert 'kvlane_gateway_step_seconds_count{step="match"}' in text
+
+
+async def test_fleet_shows_workers_with_load_rates_and_blocks(admin, gateway):
+    assert (await admin.get("/fleet")).json() == {"failure": "the index has not been read yet", "workers": []}
+    await gateway.fleet.poll()
+    decision = await decide(gateway)
+    await gateway.fleet.poll()
+    (worker,) = (await admin.get("/fleet")).json()["workers"]
+    assert worker["worker_id"] == "a:1"
+    assert worker["worker"]["model"] == "tiny"
+    assert worker["num_indexed_blocks"] == 2
+    assert worker["prefill_tokens_per_s"] == 1000
+    assert worker["models"] == ["tiny"]
+    assert worker["reachable"] is True
+    assert (worker["requests_from_here"], worker["charged_requests"]) == (1, 1)
+    await gateway.router.finish(decision.decision_id, End.COMPLETE)
+
+
+async def test_decisions_are_found_by_both_ids(admin, gateway):
+    await gateway.fleet.poll()
+    decision = await decide(gateway, **{"x-request-id": "client/7"})
+    by_decision = (await admin.get(f"/decisions/{decision.decision_id}")).json()
+    assert by_decision["chosen"] == "a:1"
+    assert by_decision["matched_tokens"] == 32
+    assert [each["worker"] for each in by_decision["candidates"]] == ["a:1"]
+    assert (await admin.get("/decisions/client%2F7")).json() == by_decision
+    latest = await decide(gateway)
+    listed = (await admin.get("/decisions", params={"limit": 1})).json()
+    assert [each["decision_id"] for each in listed] == [latest.decision_id]
+
+
+async def test_an_unknown_decision_is_404(admin):
+    answer = await admin.get("/decisions/nobody")
+    assert answer.status_code == 404
+    assert "nobody" in answer.json()["detail"]
+
+
+@pytest.mark.parametrize("limit", ["0", "x", "100000"])
+async def test_a_wrong_limit_is_refused(admin, limit):
+    assert (await admin.get("/decisions", params={"limit": limit})).status_code == 422
+
+
+async def test_prefix_asks_as_a_completion_or_a_chat(admin, gateway):
+    await gateway.fleet.poll()
+    answer = await admin.post("/prefix", json={"model": "tiny", "text": "hello"})
+    assert answer.json() == {
+        "model": "tiny",
+        "prompt_tokens": 100,
+        "inexact": None,
+        "workers": [{"worker": "a:1", "matched_blocks": 2, "matched_tokens": 32}],
+    }
+    chat = b'{"model":"tiny","messages":[],"tools":[]}'
+    await admin.post("/prefix", content=chat)
+    assert gateway.reader.given == [
+        ("/v1/completions", b'{"model":"tiny","prompt":"hello"}'),
+        ("/v1/chat/completions", chat),
+    ]
+
+
+@pytest.mark.parametrize(
+    ("failure", "status", "said"),
+    [
+        (RequestError(404, "no such model", kind="NotFoundError"), 404, "no such model"),
+        (TokenizerError("no tokenizer"), 503, "no tokenizer"),
+    ],
+)
+async def test_prefix_repeats_why_not(admin, gateway, failure, status, said):
+    await gateway.fleet.poll()
+    gateway.reader.failure = failure
+    answer = await admin.post("/prefix", json={"text": "hello"})
+    assert (answer.status_code, said in answer.text) == (status, True)
+
+
+async def test_prefix_without_the_index_is_503(admin, gateway):
+    await gateway.fleet.poll()
+    gateway.index.down = True
+    answer = await admin.post("/prefix", json={"text": "hello"})
+    assert (answer.status_code, "refused" in answer.text) == (503, True)
+
+
+@pytest.mark.parametrize("body", [b"", b"[]", b"{"])
+async def test_prefix_refuses_what_is_no_json_object(admin, body):
+    assert (await admin.post("/prefix", content=body)).status_code == 400

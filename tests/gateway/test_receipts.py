@@ -1,0 +1,56 @@
+from __future__ import annotations
+
+import msgspec
+
+from gateway.decision import End, Served
+from gateway.plan import Candidate, Demand, plan
+from gateway.receipts import Receipt, Receipts
+from kvindex.worker import Load, WorkerState
+from tests.support.workers import make_worker
+
+
+def receipt(decision_id: str, request_id: str = "client", **fields) -> Receipt:
+    return Receipt(decision_id=decision_id, request_id=request_id, path="/v1/completions", **fields)
+
+
+def test_a_receipt_is_found_by_decision_and_by_request():
+    receipts = Receipts(10)
+    first, second = receipt("d1", "same"), receipt("d2", "same")
+    receipts.add(first)
+    receipts.add(second)
+    assert receipts.get("d1") is first
+    assert receipts.get("same") is second
+    assert receipts.get("unknown") is None
+
+
+def test_the_oldest_go_first_and_leave_nothing_behind():
+    receipts = Receipts(3)
+    for number in range(10):
+        receipts.add(receipt(f"d{number}", f"r{number}"))
+    assert [kept.decision_id for kept in receipts.latest(100)] == ["d9", "d8", "d7"]
+    assert [kept.decision_id for kept in receipts.latest(2)] == ["d9", "d8"]
+    assert receipts.get("r6") is None
+    assert receipts.get("r7").decision_id == "d7"
+
+
+def test_an_old_receipt_takes_no_newer_one_of_the_same_request_with_it():
+    receipts = Receipts(2)
+    for decision_id in ("d1", "d2", "d3"):
+        receipts.add(receipt(decision_id, "same"))
+    assert receipts.get("same").decision_id == "d3"
+
+
+def test_the_view_names_every_candidate_with_its_terms():
+    worker = make_worker("a:1")
+    state = WorkerState(slot=4, load=Load(waiting_prefill_tokens=100), charged_tokens=20, charged_requests=1)
+    candidate = Candidate(worker=worker, state=state, overlap_blocks=2, prefill_tokens_per_s=1000)
+    choices = plan(Demand(num_tokens=50, num_lookup_tokens=50, model="tiny"), [candidate], seed=1)
+    served = Served("d1", 200, "a:1", 12.5, 80.0, 10, 20)
+    full = receipt("d1", choices=choices, chosen="a:1", end=End.COMPLETE, served=served)
+    view = msgspec.json.decode(msgspec.json.encode(full.view()))
+    (seen,) = view["candidates"]
+    assert seen["terms"] == {"queue_ms": 120.0, "prefill_ms": 18.0}
+    assert (seen["worker"], seen["slot"], seen["ttft_ms"]) == ("a:1", 4, 138.0)
+    assert (view["matched_tokens"], view["predicted_ttft_ms"]) == (32, 138.0)
+    assert view["served"]["ttft_ms"] == 12.5
+    assert view["end"] == "complete"
