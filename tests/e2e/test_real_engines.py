@@ -1,0 +1,143 @@
+"""Two real vLLM engines behind real Redis, gateway and Envoy, started as a user starts them: `kvlane up`."""
+
+from __future__ import annotations
+
+import os
+import re
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+
+import httpx
+import psutil
+import pytest
+from prometheus_client.parser import text_string_to_metric_families
+
+from deploy.demo.model import ENGINE_ENV, NAME
+from gateway.local_fleet import FleetOptions, LocalFleet, free_address, local_fleet, serve_command
+from tests.support.fleet import charges, eventually, registered
+from tests.support.vllm_engine import tiny_model
+
+pytestmark = [pytest.mark.vllm, pytest.mark.envoy]
+
+ENGINE = ("--served-model-name", NAME, "--enforce-eager", "--max-model-len", "4096", "--block-size", "32")
+BLOCK_SIZE = 32
+SYSTEM = "You answer questions about libraries. " + "Say which version you mean. " * 40
+
+
+@pytest.fixture(scope="module", autouse=True)
+def environment() -> Iterator[None]:
+    with pytest.MonkeyPatch.context() as patch:
+        for name, value in ENGINE_ENV.items():
+            patch.setenv(name, value)
+        yield
+
+
+@pytest.fixture(scope="module")
+def fleet(environment: None, tmp_path_factory: pytest.TempPathFactory) -> Iterator[LocalFleet]:
+    options = FleetOptions(serve_command(str(tiny_model()), *ENGINE), start_timeout_s=300)
+    with local_fleet(options, tmp_path_factory.mktemp("logs")) as fleet:
+        fleet.wait_until_ready()
+        yield fleet
+
+
+@dataclass
+class Turn:
+    worker: str
+    matched_tokens: int
+    answer: str
+
+
+def hits(engine: str) -> int:
+    """Return vLLM's own count of prompt tokens served from its cache."""
+    text = httpx.get(f"http://{engine}/metrics").text
+    samples = [s for family in text_string_to_metric_families(text) for s in family.samples]
+    return int(sum(s.value for s in samples if s.name == "vllm:prefix_cache_hits_total"))
+
+
+def ask(fleet: LocalFleet, messages: list[dict[str, str]], **fields: object) -> Turn:
+    body = {"model": NAME, "messages": messages, "max_tokens": 8, "temperature": 0, **fields}
+    response = httpx.post(f"{fleet.url}/v1/chat/completions", json=body, timeout=60)
+    assert response.status_code == 200, response.text
+    assert "x-kvlane-fallback" not in response.headers
+    answer = response.json()["choices"][0]["message"]["content"]
+    headers = response.headers
+    return Turn(headers["x-kvlane-worker"], int(headers["x-kvlane-matched-tokens"]), answer)
+
+
+def first_turn(number: int) -> list[dict[str, str]]:
+    return [
+        {"role": "system", "content": f"Conversation {number}. {SYSTEM}"},
+        {"role": "user", "content": "Which library reads YAML?"},
+    ]
+
+
+@pytest.mark.parametrize("number", range(4))
+def test_the_second_turn_is_served_from_the_cache_of_the_worker_that_has_the_first(fleet, number):
+    messages = first_turn(number)
+    first = ask(fleet, messages)
+    eventually(lambda: charges(fleet) == 0)
+    before = {engine: hits(engine) for engine in fleet.engines}
+    messages += [
+        {"role": "assistant", "content": first.answer},
+        {"role": "user", "content": "And which one writes it?"},
+    ]
+    second = ask(fleet, messages)
+    gained = {engine: hits(engine) - before[engine] for engine in fleet.engines}
+    assert second.worker == first.worker
+    assert second.matched_tokens >= 8 * BLOCK_SIZE
+    # What the index promised is what the engine found.
+    assert gained[second.worker] == second.matched_tokens
+    assert sum(gained.values()) == gained[second.worker]
+
+
+def test_a_salt_shares_nothing_with_another_or_with_none(fleet):
+    messages = first_turn(100)
+    ask(fleet, messages, cache_salt="tenant-a")
+    before = sum(hits(engine) for engine in fleet.engines)
+    assert ask(fleet, messages, cache_salt="tenant-b").matched_tokens == 0
+    assert ask(fleet, messages).matched_tokens == 0
+    assert sum(hits(engine) for engine in fleet.engines) == before
+    assert ask(fleet, messages, cache_salt="tenant-a").matched_tokens >= 8 * BLOCK_SIZE
+
+
+def test_a_killed_engine_gets_no_request_after_its_lease(fleet):
+    victim = ask(fleet, first_turn(200)).worker
+    (alive,) = set(fleet.engines) - {victim}
+    fleet.processes.kill(f"worker-{fleet.engines.index(victim)}")
+    # Before the lease ends Envoy may still be told to try it; the next in the list answers.
+    assert ask(fleet, first_turn(200)).answer is not None
+    eventually(lambda: set(registered(fleet)) == {alive}, timeout_s=15)
+    eventually(lambda: fleet.known_workers() == {alive}, timeout_s=15)
+    assert [ask(fleet, first_turn(200)).worker for _ in range(3)] == [alive] * 3
+
+
+def test_up_serves_until_it_is_interrupted_and_leaves_nothing(tmp_path: Path):
+    listen = free_address()
+    command = [sys.executable, "-m", "kvindex.cli", "up", str(tiny_model()), "--workers", "1"]
+    command += ["--listen", listen, "--logs", str(tmp_path / "logs"), *ENGINE]
+    with (tmp_path / "up.log").open("w+") as log:
+        up = subprocess.Popen(command, env=os.environ | {"TMPDIR": str(tmp_path)}, stderr=log)
+        try:
+            said = tmp_path / "up.log"
+            eventually(lambda: up.poll() is not None or "Ctrl-C ends" in said.read_text(), timeout_s=300)
+            assert up.poll() is None, said.read_text()
+            urls = re.findall(r"https?://[\d.:]+|redis://[\d.:]+", said.read_text())
+            assert f"http://{listen}" in urls
+            assert httpx.get(f"http://{listen}/v1/models").json()["data"][0]["id"] == NAME
+            family = psutil.Process(up.pid).children(recursive=True)
+            assert len(family) >= 4  # Redis, gateway, Envoy, the engine and its own
+        finally:
+            up.send_signal(signal.SIGINT)
+            code = up.wait(timeout=60)
+    assert code == 128 + signal.SIGINT
+    deadline = time.monotonic() + 10
+    while alive := [child for child in family if child.is_running() and child.status() != "zombie"]:
+        assert time.monotonic() < deadline, alive
+        time.sleep(0.1)
+    left = {path.name for path in tmp_path.iterdir()} - {"logs", "up.log"}
+    assert not {name for name in left if name.startswith("kvlane")}
