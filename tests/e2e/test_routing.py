@@ -6,7 +6,7 @@ import httpx
 import pytest
 
 from gateway.local_fleet import LocalFleet
-from tests.support.fleet import eventually, indexed_blocks, registered
+from tests.support.fleet import eventually, indexed_blocks, is_idle, registered
 
 pytestmark = pytest.mark.envoy
 
@@ -33,11 +33,11 @@ def cached_tokens(response: httpx.Response) -> int:
 
 
 def settled(fleet: LocalFleet) -> None:
-    """Wait until the index has heard of every block of the requests so far."""
+    """Wait until the index has heard of every block of the requests so far, and that they are over."""
     counts = [-1, -1, -1]
 
     def unchanged() -> bool:
-        counts.append(indexed_blocks(fleet))
+        counts.append(indexed_blocks(fleet) if is_idle(fleet) else -1)
         return counts[-1] > 0 and len(set(counts[-3:])) == 1
 
     eventually(unchanged)

@@ -68,6 +68,14 @@ def charges(fleet: LocalFleet) -> int:
     return sum(each.charged_requests for each in registered(fleet).values())
 
 
+def is_idle(fleet: LocalFleet) -> bool:
+    """Say whether no engine has reported a request that it still has, and none is charged."""
+    return all(
+        each.load.running_requests + each.load.waiting_requests + each.charged_requests == 0
+        for each in registered(fleet).values()
+    )
+
+
 def indexed_blocks(fleet: LocalFleet) -> int:
     """Return the blocks in the index, over all workers."""
     return sum(each.num_indexed_blocks for each in registered(fleet).values())
