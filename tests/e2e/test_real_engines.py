@@ -19,7 +19,7 @@ from prometheus_client.parser import text_string_to_metric_families
 
 from deploy.demo.model import ENGINE_ENV, NAME
 from gateway.local_fleet import FleetOptions, LocalFleet, free_address, local_fleet, serve_command
-from tests.support.fleet import charges, eventually, registered
+from tests.support.fleet import eventually, registered, settled
 from tests.support.vllm_engine import tiny_model
 
 pytestmark = [pytest.mark.vllm, pytest.mark.envoy]
@@ -80,7 +80,7 @@ def first_turn(number: int) -> list[dict[str, str]]:
 def test_the_second_turn_is_served_from_the_cache_of_the_worker_that_has_the_first(fleet, number):
     messages = first_turn(number)
     first = ask(fleet, messages)
-    eventually(lambda: charges(fleet) == 0)
+    settled(fleet)
     before = {engine: hits(engine) for engine in fleet.engines}
     messages += [
         {"role": "assistant", "content": first.answer},
@@ -98,10 +98,12 @@ def test_the_second_turn_is_served_from_the_cache_of_the_worker_that_has_the_fir
 def test_a_salt_shares_nothing_with_another_or_with_none(fleet):
     messages = first_turn(100)
     ask(fleet, messages, cache_salt="tenant-a")
+    settled(fleet)
     before = sum(hits(engine) for engine in fleet.engines)
     assert ask(fleet, messages, cache_salt="tenant-b").matched_tokens == 0
     assert ask(fleet, messages).matched_tokens == 0
     assert sum(hits(engine) for engine in fleet.engines) == before
+    settled(fleet)
     assert ask(fleet, messages, cache_salt="tenant-a").matched_tokens >= 8 * BLOCK_SIZE
 
 

@@ -5,8 +5,7 @@ import itertools
 import httpx
 import pytest
 
-from gateway.local_fleet import LocalFleet
-from tests.support.fleet import eventually, indexed_blocks, is_idle, registered
+from tests.support.fleet import eventually, registered, settled
 
 pytestmark = pytest.mark.envoy
 
@@ -30,17 +29,6 @@ def matched_tokens(response: httpx.Response) -> int:
 
 def cached_tokens(response: httpx.Response) -> int:
     return response.json()["usage"]["prompt_tokens_details"]["cached_tokens"]
-
-
-def settled(fleet: LocalFleet) -> None:
-    """Wait until the index has heard of every block of the requests so far, and that they are over."""
-    counts = [-1, -1, -1]
-
-    def unchanged() -> bool:
-        counts.append(indexed_blocks(fleet) if is_idle(fleet) else -1)
-        return counts[-1] > 0 and len(set(counts[-3:])) == 1
-
-    eventually(unchanged)
 
 
 def test_each_turn_of_a_conversation_goes_to_the_worker_that_has_the_last(fleet, client):
