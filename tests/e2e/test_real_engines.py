@@ -20,11 +20,13 @@ from prometheus_client.parser import text_string_to_metric_families
 from deploy.demo.model import ENGINE_ENV, NAME
 from gateway.local_fleet import FleetOptions, LocalFleet, free_address, local_fleet, serve_command
 from tests.support.fleet import eventually, registered, settled
+from tests.support.lora_adapter import RANK, make_adapter
 from tests.support.vllm_engine import tiny_model
 
 pytestmark = [pytest.mark.vllm, pytest.mark.envoy]
 
 ENGINE = ("--served-model-name", NAME, "--enforce-eager", "--max-model-len", "4096", "--block-size", "32")
+ADAPTERS = ("sql", "poetry")
 BLOCK_SIZE = 32
 SYSTEM = "You answer questions about libraries. " + "Say which version you mean. " * 40
 
@@ -39,7 +41,14 @@ def environment() -> Iterator[None]:
 
 @pytest.fixture(scope="module")
 def fleet(environment: None, tmp_path_factory: pytest.TempPathFactory) -> Iterator[LocalFleet]:
-    options = FleetOptions(serve_command(str(tiny_model()), *ENGINE), start_timeout_s=300)
+    adapters = tmp_path_factory.mktemp("adapters")
+    for seed, name in enumerate(ADAPTERS):
+        make_adapter(adapters / name, tiny_model(), seed=seed)
+    lora = ("--enable-lora", "--max-lora-rank", str(RANK), "--lora-modules")
+    command = serve_command(
+        str(tiny_model()), *ENGINE, *lora, *(f"{name}={adapters / name}" for name in ADAPTERS)
+    )
+    options = FleetOptions(command, start_timeout_s=300)
     with local_fleet(options, tmp_path_factory.mktemp("logs")) as fleet:
         fleet.wait_until_ready()
         yield fleet
@@ -105,6 +114,19 @@ def test_a_salt_shares_nothing_with_another_or_with_none(fleet):
     assert sum(hits(engine) for engine in fleet.engines) == before
     settled(fleet)
     assert ask(fleet, messages, cache_salt="tenant-a").matched_tokens >= 8 * BLOCK_SIZE
+
+
+def test_an_adapter_shares_nothing_with_another_or_with_the_base_model(fleet):
+    messages = first_turn(101)
+    before = sum(hits(engine) for engine in fleet.engines)
+    for model in (NAME, *ADAPTERS):
+        assert ask(fleet, messages, model=model).matched_tokens == 0
+        settled(fleet)
+    assert sum(hits(engine) for engine in fleet.engines) == before
+    for model in (NAME, *ADAPTERS):
+        assert ask(fleet, messages, model=model).matched_tokens >= 8 * BLOCK_SIZE
+        settled(fleet)
+    assert sum(hits(engine) for engine in fleet.engines) >= before + 3 * 8 * BLOCK_SIZE
 
 
 def test_a_killed_engine_gets_no_request_after_its_lease(fleet):
