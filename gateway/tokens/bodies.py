@@ -4,7 +4,8 @@ Types are checked as leniently as the engine checks them ("16" is an int, 1 is a
 would refuse for other reasons passes: refusing it is the engine's business.
 
 Source: vLLM 0.32 `vllm/entrypoints/openai/{chat_completion,completion}/protocol.py`,
-`vllm/entrypoints/pooling/base/protocol.py`, `vllm/entrypoints/serve/tokenize/protocol.py`.
+`vllm/entrypoints/pooling/base/protocol.py`, `vllm/entrypoints/serve/tokenize/protocol.py`,
+`vllm/entrypoints/scale_out/token_in_token_out/protocol.py`.
 """
 
 from __future__ import annotations
@@ -192,6 +193,12 @@ class _TokenizeBody(_ChatBody, kw_only=True):
     prompt: str | None = None
 
 
+class _GenerateBody(_Body, kw_only=True):
+    token_ids: list[TokenId]
+    features: Any = None
+    content_parts: Any = None
+
+
 def parse(path: str, body: bytes) -> ParsedRequest | None:
     """Return what the request asks for, or None where its prompt is not understood.
 
@@ -263,6 +270,13 @@ def _tokenize(body: bytes) -> ParsedRequest | None:
     return None if chat is None else request.request(Api.TOKENIZE, [chat])
 
 
+def _generate(body: bytes) -> ParsedRequest | None:
+    request = _decode(_GENERATE, body)
+    if request.model is None or request.features or request.content_parts:
+        return None  # any model will do, or only the engine knows the cache keys of what is in the prompt
+    return request.request(Api.GENERATE, [request.token_ids])
+
+
 def _inputs(prompt: str | list[Any], param: str) -> list[Input]:
     """Split text, token ids, or a list of either into prompts."""
     if isinstance(prompt, str):
@@ -299,10 +313,12 @@ _CHAT = msgspec.json.Decoder(_ChatCompletionBody, strict=False)
 _COMPLETION = msgspec.json.Decoder(_CompletionBody, strict=False)
 _EMBEDDING = msgspec.json.Decoder(_EmbeddingBody, strict=False)
 _TOKENIZE = msgspec.json.Decoder(_TokenizeBody, strict=False)
+_GENERATE = msgspec.json.Decoder(_GenerateBody, strict=False)
 
 _PARSERS: dict[str, Callable[[bytes], ParsedRequest | None]] = {
     "/v1/chat/completions": _chat,
     "/v1/completions": _completion,
     "/v1/embeddings": _embedding,
     "/tokenize": _tokenize,
+    "/inference/v1/generate": _generate,
 }

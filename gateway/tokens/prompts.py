@@ -16,7 +16,7 @@ from gateway.tokens.request import Api, Prompt, ReadRequest
 from gateway.tokens.tokenizer import ModelTokenizer, Truncation, cut
 
 # Prompts of the other APIs may be longer than the context, or empty.
-_GENERATES = frozenset({Api.CHAT, Api.COMPLETION})
+_GENERATES = frozenset({Api.CHAT, Api.COMPLETION, Api.GENERATE})
 
 
 class _Text(NamedTuple):

@@ -15,6 +15,7 @@ class Api(enum.StrEnum):
     COMPLETION = "completion"
     EMBEDDING = "embedding"
     TOKENIZE = "tokenize"
+    GENERATE = "generate"
 
 
 @dataclass(frozen=True, slots=True)

@@ -14,6 +14,7 @@ CHAT = "/v1/chat/completions"
 COMPLETION = "/v1/completions"
 EMBEDDING = "/v1/embeddings"
 TOKENIZE = "/tokenize"
+GENERATE = "/inference/v1/generate"
 HELLO = [{"role": "user", "content": "hello"}]
 
 
@@ -38,6 +39,25 @@ def test_other_paths_are_not_read(path):
 
 def test_a_query_does_not_hide_the_path():
     assert parse(f"{COMPLETION}?x=1", b'{"model": "m", "prompt": "a"}') is not None
+
+
+def test_tokens_for_tokens_are_read_as_they_are():
+    parsed = read(GENERATE, token_ids=[1, 2, 3], sampling_params={}, cache_salt="s", stream=True)
+    assert (parsed.api, parsed.inputs, parsed.cache_salt) == (Api.GENERATE, ([1, 2, 3],), "s")
+
+
+@pytest.mark.parametrize("field", ["features", "content_parts"])
+def test_tokens_that_stand_for_media_are_not_read(field):
+    assert parse(GENERATE, json.dumps({"model": "m", "token_ids": [1], field: [{}]}).encode()) is None
+
+
+def test_tokens_for_whatever_model_are_not_read():
+    assert parse(GENERATE, b'{"token_ids": [1]}') is None
+
+
+@pytest.mark.parametrize("body", [b'{"model": "m"}', b'{"model": "m", "token_ids": [-1]}'])
+def test_tokens_for_tokens_need_tokens(body):
+    assert refusal(GENERATE, body).param in {None, "token_ids"}
 
 
 @pytest.mark.parametrize(
