@@ -8,8 +8,11 @@ from __future__ import annotations
 
 import functools
 import importlib.resources
+import re
+import struct
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
+from itertools import pairwise
 from typing import Any, NamedTuple
 from urllib.parse import urlsplit
 
@@ -25,7 +28,7 @@ from kvindex.blocks import HASH_BYTES, BlockHash, Pool, pack_hashes
 from kvindex.config import IndexConfig
 from kvindex.errors import ConfigError, IndexUnavailable, SlotLost, WorkerConflict
 from kvindex.index import MAX_PROBES
-from kvindex.keys import FLEET_HEAD, GROUP, LIVE_ROW, LOAD, POOLS, RESERVATION, directory, lua_names
+from kvindex.keys import FLEET_HEAD, LIVE_ROW, LOAD, POOLS, RESERVATION, STEP, directory, lua_names
 from kvindex.worker import (
     Batch,
     Load,
@@ -37,6 +40,8 @@ from kvindex.worker import (
     WorkerState,
 )
 
+_SCRIPTS = importlib.resources.files("kvindex") / "scripts"
+
 _MAX_CONNECTIONS = 32
 """Of one reader; more calls at once wait for their turn, as they would in Redis itself."""
 
@@ -46,8 +51,21 @@ _RETRIES = 2
 
 @functools.cache
 def _script(name: str) -> str:
-    folder = importlib.resources.files("kvindex") / "scripts"
-    return lua_names() + (folder / "prelude.lua").read_text() + (folder / f"{name}.lua").read_text()
+    return _compose((_SCRIPTS / f"{name}.lua").read_text())
+
+
+def _compose(body: str) -> str:
+    """Put before `body` the names and those paragraphs of the prelude that it needs.
+
+    Every call defines anew what its script contains: the whole prelude would cost more than most calls.
+    """
+    shared = [*lua_names().splitlines(), *(_SCRIPTS / "prelude.lua").read_text().split("\n\n")]
+    text = re.sub(r"^ *--.*\n", "", body, flags=re.MULTILINE)
+    for paragraph in reversed(shared):
+        defined = re.findall(r"^local (?:function )?(\w+(?:, \w+)*)", paragraph, re.MULTILINE)
+        if any(re.search(rf"\b{name}\b", text) for names in defined for name in names.split(", ")):
+            text = f"{paragraph}\n{text}"
+    return text
 
 
 @contextmanager
@@ -219,13 +237,13 @@ class RedisIndexReader:
         probes = list(hashes[stride - 1 :: stride])
         if len(hashes) % stride:
             probes.append(hashes[-1])
-        groups, *packed = await self._run("match", pool, pack_hashes(probes))
+        steps, *packed = await self._run("match", pool, pack_hashes(probes))
         fleet = _Fleet(*packed)
         return Match(
             states=fleet.states,
             overlap_blocks={
                 slot: held * stride if held < len(probes) else len(hashes)
-                for slot, held in _read_groups(groups)
+                for slot, held in _read_overlaps(steps)
                 if slot in fleet.rows
             },
             stride=stride,
@@ -318,18 +336,36 @@ class _Fleet:
         return tuple([row.state for row in self.rows.values()])
 
 
-def _read_groups(packed: bytes) -> Iterator[tuple[int, int]]:
-    """Yield each slot that holds something, with the number of leading probes that it holds."""
+def _read_overlaps(packed: bytes) -> Iterator[tuple[int, int]]:
+    """Yield each slot that holds the first probe, with the number of leading probes that it holds."""
+    going_on = -1
+    for (num_probes, holders), (_, following) in pairwise((*_read_steps(packed), (0, 0))):
+        going_on &= holders
+        for slot in _slots_of(going_on & ~following):
+            yield slot, num_probes
+
+
+def _read_steps(packed: bytes) -> Iterator[tuple[int, int]]:
     at = 0
     while at < len(packed):
-        num_probes, num_words = GROUP.unpack_from(packed, at)
-        at += GROUP.size
-        slots = int.from_bytes(packed[at : at + 4 * num_words], "little")
-        at += 4 * num_words
-        while slots:
-            lowest = slots & -slots
-            yield lowest.bit_length() - 1, num_probes
-            slots ^= lowest
+        num_probes, num_bytes = STEP.unpack_from(packed, at)
+        at += STEP.size + num_bytes
+        yield num_probes, _read_set(packed[at - num_bytes : at])
+
+
+@functools.lru_cache(maxsize=4096)
+def _read_set(packed: bytes) -> int:
+    """Return a set of slots as a bitmap; `prelude.lua` tells its two forms."""
+    if len(packed) % 2:
+        return int.from_bytes(packed, "little")
+    return sum(1 << slot for slot in struct.unpack(f"<{len(packed) // 2}H", packed))
+
+
+def _slots_of(bitmap: int) -> Iterator[int]:
+    while bitmap:
+        lowest = bitmap & -bitmap
+        yield lowest.bit_length() - 1
+        bitmap ^= lowest
 
 
 def _slot_state(slot: int, reply: list[Any] | None) -> SlotState:
