@@ -7,7 +7,9 @@ algorithms in `kvindex/scripts/`.
 from __future__ import annotations
 
 import functools
+import hashlib
 import importlib.resources
+import math
 import re
 import struct
 from collections.abc import Iterator, Sequence
@@ -21,7 +23,7 @@ import redis.asyncio
 from redis.asyncio.retry import Retry as AsyncRetry
 from redis.backoff import ExponentialBackoff
 from redis.exceptions import ConnectionError as RedisConnectionError
-from redis.exceptions import RedisError
+from redis.exceptions import NoScriptError, RedisError
 from redis.retry import Retry
 
 from kvindex.blocks import HASH_BYTES, BlockHash, Pool, pack_hashes
@@ -29,6 +31,7 @@ from kvindex.config import IndexConfig
 from kvindex.errors import ConfigError, IndexUnavailable, SlotLost, WorkerConflict
 from kvindex.index import MAX_PROBES
 from kvindex.keys import FLEET_HEAD, LIVE_ROW, LOAD, POOLS, RESERVATION, STEP, directory, lua_names
+from kvindex.redis_line import Line
 from kvindex.worker import (
     Batch,
     Load,
@@ -49,9 +52,15 @@ _RETRIES = 2
 """Every call may be repeated, so a connection that Redis has dropped meanwhile costs no error."""
 
 
+class _Script(NamedTuple):
+    text: str
+    sha: str
+
+
 @functools.cache
-def _script(name: str) -> str:
-    return _compose((_SCRIPTS / f"{name}.lua").read_text())
+def _script(name: str) -> _Script:
+    text = _compose((_SCRIPTS / f"{name}.lua").read_text())
+    return _Script(text, hashlib.sha1(text.encode(), usedforsecurity=False).hexdigest())
 
 
 def _compose(body: str) -> str:
@@ -109,7 +118,7 @@ class RedisIndexWriter:
         except ValueError as error:
             raise _refuse_url(error) from error
         names = ("open_slot", "apply", "heartbeat", "close_slot")
-        self._scripts = {name: self._client.register_script(_script(name)) for name in names}
+        self._scripts = {name: self._client.register_script(_script(name).text) for name in names}
 
     def _run(self, name: str, pool: Pool, *args: str | bytes | int) -> Any:  # noqa: ANN401 (a reply of Redis)
         with _reaching(self._url):
@@ -188,12 +197,17 @@ class RedisIndexReader:
         except ValueError as error:
             raise _refuse_url(error) from error
         self._client = redis.asyncio.Redis.from_pool(pool)
-        names = ("workers", "match", "reserve", "settle", "sweep")
-        self._scripts = {name: self._client.register_script(_script(name)) for name in names}
+        self._line = Line(
+            pool, timeout_s=config.redis_timeout_s, backoff=_backoff(config), num_retries=_RETRIES
+        )
 
     async def _run(self, name: str, pool: Pool, *args: str | bytes | int) -> Any:  # noqa: ANN401 (a reply of Redis)
+        script, key = _script(name), directory(pool)
         with _reaching(self._url):
-            return await self._scripts[name](keys=[directory(pool)], args=args)
+            try:
+                return await self._line.call("EVALSHA", script.sha, 1, key, *args)
+            except NoScriptError:
+                return await self._line.call("EVAL", script.text, 1, key, *args)
 
     async def pools(self) -> list[Pool]:
         """See `IndexReader`."""
@@ -281,6 +295,7 @@ class RedisIndexReader:
 
     async def close(self) -> None:
         """See `IndexReader`."""
+        await self._line.close()
         await self._client.aclose()
 
 
@@ -288,6 +303,14 @@ class _Row(NamedTuple):
     expires_ms: float
     epoch: int
     state: WorkerState
+
+
+class _Rows(NamedTuple):
+    """Of all slots that are not fenced."""
+
+    by_slot: dict[int, _Row]
+    states: tuple[WorkerState, ...]
+    first_expiry_ms: float
 
 
 @functools.lru_cache(maxsize=4096)
@@ -303,22 +326,37 @@ def _read_row(slot: int, packed: bytes) -> _Row:
     return _Row(expires_ms, epoch, state)
 
 
+@functools.lru_cache(maxsize=64)
+def _read_rows(packed: bytes) -> _Rows:
+    """Many answers in a row are about the same fleet in the same state."""
+    by_slot = {}
+    for slot, at in enumerate(range(0, len(packed), LIVE_ROW.size)):
+        row = _read_row(slot, packed[at : at + LIVE_ROW.size])
+        if row.epoch:
+            by_slot[slot] = row
+    return _Rows(
+        by_slot,
+        tuple([row.state for row in by_slot.values()]),
+        min((row.expires_ms for row in by_slot.values()), default=math.inf),
+    )
+
+
 class _Fleet:
     """The live workers in an answer, by slot in ascending order."""
 
     def __init__(self, head: bytes, packed: bytes, expired: bytes) -> None:
         self.now_ms, counter = FLEET_HEAD.unpack(head)
-        lapsed = []
-        self.rows: dict[int, _Row] = {}
-        for slot, at in enumerate(range(0, len(packed), LIVE_ROW.size)):
-            row = _read_row(slot, packed[at : at + LIVE_ROW.size])
-            if row.expires_ms > self.now_ms:
-                self.rows[slot] = row
-            elif row.epoch:
-                lapsed.append(slot)
-        for slot, epoch, tokens in RESERVATION.iter_unpack(expired):
-            if slot in self.rows and self.rows[slot].epoch == epoch:
-                self._discharge(slot, tokens)
+        rows = _read_rows(packed)
+        self.rows = rows.by_slot
+        self.states = rows.states
+        lapsed: list[int] = []
+        if rows.first_expiry_ms <= self.now_ms or expired:
+            lapsed = [slot for slot, row in self.rows.items() if row.expires_ms <= self.now_ms]
+            self.rows = {slot: row for slot, row in self.rows.items() if row.expires_ms > self.now_ms}
+            for slot, epoch, tokens in RESERVATION.iter_unpack(expired):
+                if slot in self.rows and self.rows[slot].epoch == epoch:
+                    self._discharge(slot, tokens)
+            self.states = tuple([row.state for row in self.rows.values()])
         # The counter tells of slots opened and fenced; a lease that ends is no write, so it is added here.
         self.version = hash((counter, *lapsed))
 
@@ -330,10 +368,6 @@ class _Fleet:
             charged_requests=row.state.charged_requests - 1,
         )
         self.rows[slot] = row._replace(state=state)
-
-    @property
-    def states(self) -> tuple[WorkerState, ...]:
-        return tuple([row.state for row in self.rows.values()])
 
 
 def _read_overlaps(packed: bytes) -> Iterator[tuple[int, int]]:
@@ -361,11 +395,14 @@ def _read_set(packed: bytes) -> int:
     return sum(1 << slot for slot in struct.unpack(f"<{len(packed) // 2}H", packed))
 
 
-def _slots_of(bitmap: int) -> Iterator[int]:
+@functools.lru_cache(maxsize=4096)
+def _slots_of(bitmap: int) -> tuple[int, ...]:
+    slots = []
     while bitmap:
         lowest = bitmap & -bitmap
-        yield lowest.bit_length() - 1
+        slots.append(lowest.bit_length() - 1)
         bitmap ^= lowest
+    return tuple(slots)
 
 
 def _slot_state(slot: int, reply: list[Any] | None) -> SlotState:
