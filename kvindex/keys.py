@@ -58,8 +58,8 @@ RESERVATION = struct.Struct("<HII")
 FLEET_HEAD = struct.Struct("<dI")
 """time (ms), registry version; begins every answer about the fleet."""
 
-GROUP = struct.Struct("<HH")
-"""number of leading probes held, number of 32-bit words in the bitmap of slots that follows."""
+STEP = struct.Struct("<HH")
+"""number of leading probes, number of bytes of the set that follows: who holds the last of these probes."""
 
 
 @functools.lru_cache(maxsize=256)

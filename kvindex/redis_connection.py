@@ -27,10 +27,11 @@ from redis.retry import Retry
 
 from kvindex.config import IndexConfig
 from kvindex.redis_errors import is_demoted, reaching
+from kvindex.redis_line import Line
 from kvindex.redis_url import RedisUrl, Topology, parse_redis_url
 
 _MAX_CONNECTIONS = 32
-"""Of one event loop; more calls at once wait for their turn, as they would in Redis itself."""
+"""Of one event loop to a cluster; more calls at once wait for their turn, as they would in Redis itself."""
 
 _RETRIES = 2
 """Every call may be repeated, so a connection that Redis has dropped meanwhile costs no error."""
@@ -116,6 +117,7 @@ class AsyncConnection:
         self._config = config
         self.url = parse_redis_url(config.redis_url)
         self._client: Any = None
+        self._line: Line | None = None
         self._turns = asyncio.Semaphore(_MAX_CONNECTIONS)
 
     async def call(self, *command: str | bytes | int, **where: Any) -> Reply:  # noqa: ANN401
@@ -132,8 +134,26 @@ class AsyncConnection:
                 return await self._call("EVAL", script.source, 1, key, *args)
 
     async def _call(self, *command: str | bytes | int, **where: Any) -> Reply:  # noqa: ANN401
+        self._client = self._client or _client(_ASYNC, self.url, self._config)
+        if self.url.topology is Topology.CLUSTER:
+            return await self._call_cluster(self._client, command, where)
+        line = self._line = self._line or _line(self._client.connection_pool, self._config)
+        try:
+            return await line.call(*command)
+        except RedisError as error:
+            if not is_demoted(error):
+                raise
+            # A new connection leads to the new master, by Sentinel or by name.
+            await line.close()
+            return await line.call(*command)
+
+    async def _call_cluster(
+        self,
+        client: Any,  # noqa: ANN401 (a cluster client)
+        command: tuple[str | bytes | int, ...],
+        where: dict[str, Any],
+    ) -> Reply:
         async with self._turns:
-            client = self._client = self._client or _client(_ASYNC, self.url, self._config)
             try:
                 return await client.execute_command(*command, **where)
             except RedisClusterException:
@@ -141,12 +161,6 @@ class AsyncConnection:
                 if self._client is client:
                     await self.close()
                 raise
-            except RedisError as error:
-                if not is_demoted(error) or self.url.topology is Topology.CLUSTER:
-                    raise
-                # A new connection leads to the new master, by Sentinel or by name.
-                await client.connection_pool.disconnect(inuse_connections=False)
-                return await client.execute_command(*command, **where)
 
     async def masters(self) -> AsyncGenerator[Master]:
         """Yield every server that takes writes: one, unless it is a cluster."""
@@ -159,7 +173,10 @@ class AsyncConnection:
 
     async def close(self) -> None:
         """Release the connections; a later call makes new ones."""
+        line, self._line = self._line, None
         client, self._client = self._client, None
+        if line is not None:
+            await line.close()
         if client is not None:
             await client.aclose()
 
@@ -187,7 +204,7 @@ _ASYNC = _Library(
 
 
 def _client(library: _Library, url: RedisUrl, config: IndexConfig) -> Any:  # noqa: ANN401 (one of eight classes)
-    backoff = ExponentialBackoff(cap=config.redis_timeout_s / 10, base=0.001)
+    backoff = _backoff(config)
     retry = library.retry(backoff, _RETRIES, supported_errors=(RedisConnectionError,))
     common = {
         "socket_timeout": config.redis_timeout_s,
@@ -210,3 +227,11 @@ def _client(library: _Library, url: RedisUrl, config: IndexConfig) -> Any:  # no
         return library.client(unix_socket_path=url.socket_path, db=url.db, **ours)
     ((host, port),) = url.nodes
     return library.client(host=host, port=port, db=url.db, **ours)
+
+
+def _line(pool: redis.asyncio.ConnectionPool, config: IndexConfig) -> Line:
+    return Line(pool, timeout_s=config.redis_timeout_s, backoff=_backoff(config), num_retries=_RETRIES)
+
+
+def _backoff(config: IndexConfig) -> ExponentialBackoff:
+    return ExponentialBackoff(cap=config.redis_timeout_s / 10, base=0.001)

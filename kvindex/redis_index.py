@@ -9,7 +9,11 @@ from __future__ import annotations
 import asyncio
 import functools
 import importlib.resources
+import math
+import re
+import struct
 from collections.abc import Iterator, Sequence
+from itertools import pairwise
 from typing import Any, NamedTuple
 
 import msgspec
@@ -18,7 +22,7 @@ from kvindex.blocks import HASH_BYTES, BlockHash, Pool, pack_hashes
 from kvindex.config import IndexConfig
 from kvindex.errors import SlotLost, WorkerConflict
 from kvindex.index import MAX_PROBES
-from kvindex.keys import FLEET_HEAD, GROUP, LIVE_ROW, LOAD, POOLS, RESERVATION, directory, lua_names
+from kvindex.keys import FLEET_HEAD, LIVE_ROW, LOAD, POOLS, RESERVATION, STEP, directory, lua_names
 from kvindex.redis_connection import AsyncConnection, Connection, Reply, Script
 from kvindex.worker import (
     Batch,
@@ -31,11 +35,26 @@ from kvindex.worker import (
     WorkerState,
 )
 
+_SCRIPTS = importlib.resources.files("kvindex") / "scripts"
+
 
 @functools.cache
 def _script(name: str) -> Script:
-    folder = importlib.resources.files("kvindex") / "scripts"
-    return Script(lua_names() + (folder / "prelude.lua").read_text() + (folder / f"{name}.lua").read_text())
+    return Script(_compose((_SCRIPTS / f"{name}.lua").read_text()))
+
+
+def _compose(body: str) -> str:
+    """Put before `body` the names and those paragraphs of the prelude that it needs.
+
+    Every call defines anew what its script contains: the whole prelude would cost more than most calls.
+    """
+    shared = [*lua_names().splitlines(), *(_SCRIPTS / "prelude.lua").read_text().split("\n\n")]
+    text = re.sub(r"^ *--.*\n", "", body, flags=re.MULTILINE)
+    for paragraph in reversed(shared):
+        defined = re.findall(r"^local (?:function )?(\w+(?:, \w+)*)", paragraph, re.MULTILINE)
+        if any(re.search(rf"\b{name}\b", text) for names in defined for name in names.split(", ")):
+            text = f"{paragraph}\n{text}"
+    return text
 
 
 class RedisIndexWriter:
@@ -154,13 +173,13 @@ class RedisIndexReader:
         probes = list(hashes[stride - 1 :: stride])
         if len(hashes) % stride:
             probes.append(hashes[-1])
-        groups, *packed = await self._run("match", pool, pack_hashes(probes))
+        steps, *packed = await self._run("match", pool, pack_hashes(probes))
         fleet = _Fleet(*packed)
         return Match(
             states=fleet.states,
             overlap_blocks={
                 slot: held * stride if held < len(probes) else len(hashes)
-                for slot, held in _read_groups(groups)
+                for slot, held in _read_overlaps(steps)
                 if slot in fleet.rows
             },
             stride=stride,
@@ -207,6 +226,14 @@ class _Row(NamedTuple):
     state: WorkerState
 
 
+class _Rows(NamedTuple):
+    """Of all slots that are not fenced."""
+
+    by_slot: dict[int, _Row]
+    states: tuple[WorkerState, ...]
+    first_expiry_ms: float
+
+
 @functools.lru_cache(maxsize=4096)
 def _read_row(slot: int, packed: bytes) -> _Row:
     """Most rows are the same as in the answer before."""
@@ -220,22 +247,37 @@ def _read_row(slot: int, packed: bytes) -> _Row:
     return _Row(expires_ms, epoch, state)
 
 
+@functools.lru_cache(maxsize=64)
+def _read_rows(packed: bytes) -> _Rows:
+    """Many answers in a row are about the same fleet in the same state."""
+    by_slot = {}
+    for slot, at in enumerate(range(0, len(packed), LIVE_ROW.size)):
+        row = _read_row(slot, packed[at : at + LIVE_ROW.size])
+        if row.epoch:
+            by_slot[slot] = row
+    return _Rows(
+        by_slot,
+        tuple([row.state for row in by_slot.values()]),
+        min((row.expires_ms for row in by_slot.values()), default=math.inf),
+    )
+
+
 class _Fleet:
     """The live workers in an answer, by slot in ascending order."""
 
     def __init__(self, head: bytes, packed: bytes, expired: bytes) -> None:
         self.now_ms, counter = FLEET_HEAD.unpack(head)
-        lapsed = []
-        self.rows: dict[int, _Row] = {}
-        for slot, at in enumerate(range(0, len(packed), LIVE_ROW.size)):
-            row = _read_row(slot, packed[at : at + LIVE_ROW.size])
-            if row.expires_ms > self.now_ms:
-                self.rows[slot] = row
-            elif row.epoch:
-                lapsed.append(slot)
-        for slot, epoch, tokens in RESERVATION.iter_unpack(expired):
-            if slot in self.rows and self.rows[slot].epoch == epoch:
-                self._discharge(slot, tokens)
+        rows = _read_rows(packed)
+        self.rows = rows.by_slot
+        self.states = rows.states
+        lapsed: list[int] = []
+        if rows.first_expiry_ms <= self.now_ms or expired:
+            lapsed = [slot for slot, row in self.rows.items() if row.expires_ms <= self.now_ms]
+            self.rows = {slot: row for slot, row in self.rows.items() if row.expires_ms > self.now_ms}
+            for slot, epoch, tokens in RESERVATION.iter_unpack(expired):
+                if slot in self.rows and self.rows[slot].epoch == epoch:
+                    self._discharge(slot, tokens)
+            self.states = tuple([row.state for row in self.rows.values()])
         # The counter tells of slots opened and fenced; a lease that ends is no write, so it is added here.
         self.version = hash((counter, *lapsed))
 
@@ -248,23 +290,40 @@ class _Fleet:
         )
         self.rows[slot] = row._replace(state=state)
 
-    @property
-    def states(self) -> tuple[WorkerState, ...]:
-        return tuple([row.state for row in self.rows.values()])
+
+def _read_overlaps(packed: bytes) -> Iterator[tuple[int, int]]:
+    """Yield each slot that holds the first probe, with the number of leading probes that it holds."""
+    going_on = -1
+    for (num_probes, holders), (_, following) in pairwise((*_read_steps(packed), (0, 0))):
+        going_on &= holders
+        for slot in _slots_of(going_on & ~following):
+            yield slot, num_probes
 
 
-def _read_groups(packed: bytes) -> Iterator[tuple[int, int]]:
-    """Yield each slot that holds something, with the number of leading probes that it holds."""
+def _read_steps(packed: bytes) -> Iterator[tuple[int, int]]:
     at = 0
     while at < len(packed):
-        num_probes, num_words = GROUP.unpack_from(packed, at)
-        at += GROUP.size
-        slots = int.from_bytes(packed[at : at + 4 * num_words], "little")
-        at += 4 * num_words
-        while slots:
-            lowest = slots & -slots
-            yield lowest.bit_length() - 1, num_probes
-            slots ^= lowest
+        num_probes, num_bytes = STEP.unpack_from(packed, at)
+        at += STEP.size + num_bytes
+        yield num_probes, _read_set(packed[at - num_bytes : at])
+
+
+@functools.lru_cache(maxsize=4096)
+def _read_set(packed: bytes) -> int:
+    """Return a set of slots as a bitmap; `prelude.lua` tells its two forms."""
+    if len(packed) % 2:
+        return int.from_bytes(packed, "little")
+    return sum(1 << slot for slot in struct.unpack(f"<{len(packed) // 2}H", packed))
+
+
+@functools.lru_cache(maxsize=4096)
+def _slots_of(bitmap: int) -> tuple[int, ...]:
+    slots = []
+    while bitmap:
+        lowest = bitmap & -bitmap
+        slots.append(lowest.bit_length() - 1)
+        bitmap ^= lowest
+    return tuple(slots)
 
 
 def _slot_state(slot: int, reply: list[Any] | None) -> SlotState:

@@ -1,71 +1,49 @@
--- Finds how far each worker holds a prompt, and how loaded every worker is. Writes nothing.
+-- Finds who holds how much of a prompt, and how loaded every worker is. Writes nothing.
 --
--- Each slot's count is found by binary search for the end of its run, all slots together: a probe is
--- read once for all slots whose run may end there.
+-- Along a prompt the set of holders changes only where some worker's run of blocks ends. So the changes
+-- are looked for: a stretch with equal sets at both ends is skipped, any other is halved. Sets are
+-- compared and never read: that is left to the caller, of whom there are many.
 --
 -- KEYS[1]  directory of the pool
 -- ARGV     hashes to probe, 8 bytes each, in prompt order
--- Returns  {groups of slots whose runs end together (GROUP of keys.py, then a bitmap of 32-bit words);
---          what `fleet` returns}
+-- Returns  {the holders of every probe before a change and of the last probe, ascending (STEP of keys.py,
+--          then the set); what `fleet` returns}
 
 local probes = ARGV[1]
-local directory = redis.call('HMGET', DIRECTORY, 'buckets', 'members')
-local num_buckets = tonumber(directory[1]) or 1
+local num_probes = #probes / 8
+local num_buckets = tonumber(redis.call('HGET', DIRECTORY, 'buckets')) or 1
 local power = power_within(num_buckets)
-local words_of = {}
-local groups = {}
+local steps = {}
 
 local function holders(index)
   local hash = probes:sub(8 * index - 7, 8 * index)
-  local set = redis.call('HGET', bucket_key(bucket_of(hash, num_buckets, power)), hash) or ''
-  words_of[set] = words_of[set] or to_words(set)
-  return words_of[set]
+  return redis.call('HGET', bucket_key(bucket_of(hash, num_buckets, power)), hash) or ''
 end
 
--- Those of `candidates` that are among `those`, and those that are not; nil where there are none.
-local function divide(candidates, those)
-  local inside, outside, any_inside, any_outside = {}, {}, 0, 0
-  for index, word in ipairs(candidates) do
-    inside[index] = band(word, those[index] or 0)
-    outside[index] = bxor(word, inside[index])
-    any_inside = bor(any_inside, inside[index])
-    any_outside = bor(any_outside, outside[index])
+local function report(index, set)
+  steps[#steps + 1] = pack('<I2I2', index, #set) .. set
+end
+
+-- `low` holds probe `before` and `high`, which is another set, holds probe `behind`.
+local function search(before, low, behind, high)
+  if behind - before == 1 then
+    return report(before, low)
   end
-  return any_inside ~= 0 and inside or nil, any_outside ~= 0 and outside or nil
-end
-
-local function report(candidates, count)
-  groups[#groups + 1] = pack('<I2I2', count, #candidates)
-  for _, word in ipairs(candidates) do
-    groups[#groups + 1] = pack('<I4', word % WORD)
+  local middle = floor((before + behind) / 2)
+  local set = holders(middle)
+  if set ~= low then
+    search(before, low, middle, set)
+  end
+  if set ~= high then
+    search(middle, set, behind, high)
   end
 end
 
--- All candidates hold probe `low`, none holds probe `high`.
-local function search(candidates, low, high)
-  if high - low == 1 then
-    return report(candidates, low)
+if num_probes > 0 then
+  local first, last = holders(1), holders(num_probes)
+  if first ~= last then
+    search(1, first, num_probes, last)
   end
-  local middle = floor((low + high) / 2)
-  local inside, outside = divide(candidates, holders(middle))
-  if inside then
-    search(inside, middle, high)
-  end
-  if outside then
-    search(outside, low, middle)
-  end
+  report(num_probes, last)
 end
-
-local num_probes = #probes / 8
-local members = to_words(directory[2] or '')
-local started = num_probes > 0 and divide(members, holders(1))
-if started then
-  local whole, part = divide(started, holders(num_probes))
-  if whole then
-    report(whole, num_probes)
-  end
-  if part then
-    search(part, 1, num_probes)
-  end
-end
-return {table.concat(groups), fleet(now_ms())}
+return {table.concat(steps), fleet(now_ms())}
