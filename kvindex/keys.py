@@ -71,6 +71,16 @@ def directory(pool: Pool) -> str:
     return f"kvlane:{{{pool.pool_id}}}"
 
 
+def bucket_key(pool: Pool, bucket: int) -> bytes:
+    """Return the key of a bucket."""
+    return f"{directory(pool)}{_SUFFIXES['BUCKET']}".encode() + bucket.to_bytes(4, "little")
+
+
+def live_key(pool: Pool) -> str:
+    """Return the key of the rows of all slots."""
+    return directory(pool) + _SUFFIXES["LIVE"]
+
+
 def lua_names() -> str:
     """Return the key names as Lua locals, to be put before every script."""
     lines = ["local DIRECTORY = KEYS[1]"]
