@@ -12,10 +12,12 @@ from typing import Protocol
 from kvindex.blocks import BlockHash, Pool
 from kvindex.worker import (
     Batch,
+    Entries,
     Load,
     Match,
     RegisteredWorker,
     Reservation,
+    SlotPart,
     SlotState,
     Worker,
 )
@@ -74,6 +76,19 @@ class IndexWriter(Protocol):
             SlotLost: the slot is unknown or fenced.
         """
 
+    def blocks_of(self, pool: Pool, slot: int, incarnation: str, *, turn: int) -> SlotPart:
+        """Read one part of the slot's entries, whatever its count and digest say. Writes nothing.
+
+        As many turns in a row as there are parts read the whole slot. A part is a consistent view of its
+        blocks; the number of parts may change from one turn to the next.
+
+        Args:
+            turn: which part to read, modulo the number of parts.
+
+        Raises:
+            SlotLost: the slot is unknown or fenced.
+        """
+
     def close_slot(self, pool: Pool, slot: int, incarnation: str) -> None:
         """Take the worker out of every answer; its entries are swept later. Idempotent."""
 
@@ -118,8 +133,22 @@ class IndexReader(Protocol):
     async def holders(self, pool: Pool, block: BlockHash) -> list[int]:
         """Return the live slots that hold `block`."""
 
+    async def entries(self, pool: Pool, *, first_bucket: int = 0, max_buckets: int = 64) -> Entries:
+        """Read the entries of `max_buckets` buckets. Writes nothing.
+
+        A scan begins at 0 and goes on at `next_bucket` until that is None. It is no snapshot:
+        entries written meanwhile may be in it or not. Growth of the pool moves entries
+        to a new last bucket, so one may be seen twice, but none is missed. Shrinking, which only a sweep
+        of a pool that has lost most of its entries does, moves entries to lower buckets: if `num_buckets`
+        is lower than in the slice before, some may have been missed, and the scan should begin again.
+        """
+
     async def sweep(self, pool: Pool, *, max_buckets: int) -> int:
-        """Drop one slice of the entries of dead slots; return how many dead slots are left to sweep."""
+        """Drop one slice of the entries of dead slots; return how many dead slots are left to sweep.
+
+        A slice is `max_buckets` buckets, fewer where they are full. A slot is given out again only when
+        every bucket was visited since it died. Any number of sweepers may call this.
+        """
 
     async def close(self) -> None:
         """Release connections."""

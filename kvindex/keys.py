@@ -61,11 +61,19 @@ FLEET_HEAD = struct.Struct("<dI")
 STEP = struct.Struct("<HH")
 """number of leading probes, number of bytes of the set that follows: who holds the last of these probes."""
 
+SLOT = struct.Struct("<H")
+"""a member of a set of slots of even length; one of odd length is a bitmap (`scripts/prelude.lua`)."""
+
 
 @functools.lru_cache(maxsize=256)
 def directory(pool: Pool) -> str:
     """Return the key that stands for `pool`, KEYS[1] of every script."""
     return f"kvlane:{{{pool.pool_id}}}"
+
+
+def bucket_key(pool: Pool, bucket: int) -> bytes:
+    """Return the key of a bucket."""
+    return f"{directory(pool)}{_SUFFIXES['BUCKET']}".encode() + bucket.to_bytes(4, "little")
 
 
 def lua_names() -> str:

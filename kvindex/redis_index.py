@@ -11,25 +11,37 @@ import functools
 import importlib.resources
 import math
 import re
-import struct
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from itertools import pairwise
 from typing import Any, NamedTuple
 
 import msgspec
 
-from kvindex.blocks import HASH_BYTES, BlockHash, Pool, pack_hashes
+from kvindex.blocks import HASH_BYTES, BlockHash, Pool, pack_hashes, unpack_hashes
 from kvindex.config import IndexConfig
 from kvindex.errors import SlotLost, WorkerConflict
 from kvindex.index import MAX_PROBES
-from kvindex.keys import FLEET_HEAD, LIVE_ROW, LOAD, POOLS, RESERVATION, STEP, directory, lua_names
+from kvindex.keys import (
+    FLEET_HEAD,
+    LIVE_ROW,
+    LOAD,
+    POOLS,
+    RESERVATION,
+    SLOT,
+    STEP,
+    bucket_key,
+    directory,
+    lua_names,
+)
 from kvindex.redis_connection import AsyncConnection, Connection, Reply, Script
 from kvindex.worker import (
     Batch,
+    Entries,
     Load,
     Match,
     RegisteredWorker,
     Reservation,
+    SlotPart,
     SlotState,
     Worker,
     WorkerState,
@@ -111,6 +123,14 @@ class RedisIndexWriter:
         age_ms = -1 if settle_older_than_ms is None else settle_older_than_ms
         reply = self._run("heartbeat", pool, slot, incarnation, lease_ms, packed, age_ms, *accepted)
         return _slot_state(slot, reply)
+
+    def blocks_of(self, pool: Pool, slot: int, incarnation: str, *, turn: int) -> SlotPart:
+        """See `IndexWriter`. A part is 2 or 3 buckets of about 64 entries."""
+        reply = self._run("blocks_of", pool, slot, incarnation, turn)
+        if reply is None:
+            raise SlotLost(f"slot {slot} is fenced or unknown")
+        part, num_parts, packed = reply
+        return SlotPart(part=part, num_parts=num_parts, blocks=frozenset(unpack_hashes(packed)))
 
     def close_slot(self, pool: Pool, slot: int, incarnation: str) -> None:
         """See `IndexWriter`."""
@@ -210,6 +230,26 @@ class RedisIndexReader:
     async def holders(self, pool: Pool, block: BlockHash) -> list[int]:
         """See `IndexReader`."""
         return sorted((await self.match(pool, [block])).overlap_blocks)
+
+    async def entries(self, pool: Pool, *, first_bucket: int = 0, max_buckets: int = 64) -> Entries:
+        """See `IndexReader`. A bucket has about 64 entries and is read by one of Redis's own commands."""
+        stop = first_bucket + max_buckets
+        _, *packed = await self._run("match", pool, b"")
+        fleet = _Fleet(*packed)
+        # In ascending order, and then their number: what a split moves meanwhile is seen twice, not missed.
+        keys = [bucket_key(pool, bucket) for bucket in range(first_bucket, stop)]
+        buckets = [await self._redis.call("HGETALL", key) for key in keys]
+        num_buckets = int(await self._redis.call("HGET", directory(pool), "buckets") or 0)
+        return Entries(
+            holders={
+                BlockHash(int.from_bytes(block, "little")): alive
+                for bucket in buckets
+                for block, slots in _fields(bucket)
+                if (alive := tuple(slot for slot in _slots_of(_read_set(slots)) if slot in fleet.rows))
+            },
+            next_bucket=stop if stop < num_buckets else None,
+            num_buckets=num_buckets,
+        )
 
     async def sweep(self, pool: Pool, *, max_buckets: int) -> int:
         """See `IndexReader`."""
@@ -313,7 +353,7 @@ def _read_set(packed: bytes) -> int:
     """Return a set of slots as a bitmap; `prelude.lua` tells its two forms."""
     if len(packed) % 2:
         return int.from_bytes(packed, "little")
-    return sum(1 << slot for slot in struct.unpack(f"<{len(packed) // 2}H", packed))
+    return sum(1 << slot for (slot,) in SLOT.iter_unpack(packed))
 
 
 @functools.lru_cache(maxsize=4096)
@@ -324,6 +364,11 @@ def _slots_of(bitmap: int) -> tuple[int, ...]:
         slots.append(lowest.bit_length() - 1)
         bitmap ^= lowest
     return tuple(slots)
+
+
+def _fields(reply: Reply) -> Iterable[tuple[bytes, bytes]]:
+    """Return the fields of a hash: the client of a cluster has read them, the others have not."""
+    return reply.items() if isinstance(reply, dict) else zip(reply[::2], reply[1::2], strict=True)
 
 
 def _slot_state(slot: int, reply: list[Any] | None) -> SlotState:

@@ -17,6 +17,7 @@ local ENTRIES_PER_BUCKET = 64
 local PURGED_PER_CALL = 500
 local MAX_SLOT = 65535
 local WORD = 4294967296
+local HASH_BYTES = 8
 
 -- Layout of LIVE_ROW in keys.py: its size, where its load begins, and what is before that.
 local ROW_BYTES = 48
@@ -97,6 +98,14 @@ local function union(left, right)
   local words = {}
   for index = 1, math.max(#left, #right) do
     words[index] = bor(left[index] or 0, right[index] or 0)
+  end
+  return words
+end
+
+local function intersection(left, right)
+  local words = {}
+  for index, word in ipairs(left) do
+    words[index] = band(word, right[index] or 0)
   end
   return words
 end
