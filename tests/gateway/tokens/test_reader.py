@@ -57,7 +57,7 @@ async def test_text_is_tokenised_inline_or_in_a_thread(tokenizer, inline_bytes):
     reader = PromptReader(models, inline_bytes=inline_bytes)
     request = await read(reader, COMPLETION, prompt=["hello", "wörld 🎉"], model="adapter")
     reader.close()
-    assert [prompt.tokens for prompt in request.prompts] == [
+    assert [list(prompt.tokens) for prompt in request.prompts] == [
         tokenizer.encode(t) for t in ("hello", "wörld 🎉")
     ]
     assert all(prompt.num_comparable_tokens == len(prompt.tokens) for prompt in request.prompts)
@@ -68,12 +68,12 @@ async def test_a_conversation_is_rendered_and_tokenised(reader, tokenizer):
     messages = [{"role": "user", "content": "hello"}]
     request = await read(reader, CHAT, messages=messages)
     rendered = tokenizer.apply_chat_template(messages, tokenize=False, add_generation_prompt=True)
-    assert request.prompts[0].tokens == tokenizer.encode(rendered, add_special_tokens=False)
+    assert list(request.prompts[0].tokens) == tokenizer.encode(rendered, add_special_tokens=False)
 
 
 async def test_token_ids_need_no_tokenizer(reader):
     request = await read(reader, COMPLETION, prompt=[[1, 2, 3], [4]], model="lost", truncate_prompt_tokens=2)
-    assert [prompt.tokens for prompt in request.prompts] == [[2, 3], [4]]
+    assert [list(prompt.tokens) for prompt in request.prompts] == [[2, 3], [4]]
     with pytest.raises(TokenizerError, match="lost"):
         await read(reader, COMPLETION, prompt="text", model="lost")
 
@@ -123,14 +123,14 @@ async def test_empty_prompts_are_refused(reader, prompt):
 async def test_truncation_keeps_what_the_engine_keeps(reader, path, fields, kept):
     field = "prompt" if path == COMPLETION else "input"
     request = await read(reader, path, **{field: [*range(10)]}, **fields)
-    assert request.prompts[0].tokens == kept
+    assert list(request.prompts[0].tokens) == kept
     assert request.inexact is None
 
 
 async def test_truncation_to_the_context_leaves_room_for_an_answer(reader):
     whole = [*range(2 * LIMIT_TOKENS)]
     request = await read(reader, COMPLETION, prompt=whole, truncate_prompt_tokens=-1)
-    assert request.prompts[0].tokens == whole[-LIMIT_TOKENS + 1 :]
+    assert list(request.prompts[0].tokens) == whole[-LIMIT_TOKENS + 1 :]
     assert "truncate_prompt_tokens" in str(request.inexact)
 
 
@@ -140,7 +140,7 @@ async def test_only_text_before_an_image_is_comparable(reader, tokenizer):
     request = await read(reader, CHAT, messages=messages)
     (prompt,) = request.prompts
     known = tokenizer.encode("<|im_start|>system\nbe kind<|im_end|>\n<|im_start|>user\n")
-    assert prompt.tokens[: prompt.num_comparable_tokens] == known
+    assert list(prompt.tokens[: prompt.num_comparable_tokens]) == known
     assert "images" in str(request.inexact)
 
 
@@ -153,7 +153,7 @@ async def test_templates_of_requests_run_only_when_trusted(reader, tokenizer):
     trusting = PromptReader(models, trust_request_chat_template=True)
     request = await read(trusting, CHAT, **body)
     trusting.close()
-    assert request.prompts[0].tokens == tokenizer.encode("trusted")
+    assert list(request.prompts[0].tokens) == tokenizer.encode("trusted")
     assert request.inexact is None
 
 
@@ -186,10 +186,13 @@ async def test_a_body_of_16_mb_is_read_in_a_thread(reader):
 def test_neither_torch_nor_vllm_is_needed():
     script = (
         "import sys; sys.modules.update(torch=None, vllm=None)\n"
+        "from gateway.tokens.cache import ByteCache\n"
         "from gateway.tokens.models import ServedModel\n"
         "from gateway.tokens.tokenizer import ModelTokenizer\n"
-        f"tokenizer = ModelTokenizer.load(ServedModel('m', 'm', {str(tiny_model())!r}))\n"
-        "sys.exit(not tokenizer.encode('hello', add_special_tokens=True))\n"
+        f"tokenizer = ModelTokenizer.load(ServedModel('m', 'm', {str(tiny_model())!r}), ByteCache(0))\n"
+        "text = tokenizer.split('hello')\n"
+        "tokenizer.encode([text])\n"
+        "sys.exit(not tokenizer.tokens(text, add_special_tokens=True))\n"
     )
     subprocess.run([sys.executable, "-c", script], check=True)
 
