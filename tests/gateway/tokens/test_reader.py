@@ -11,10 +11,15 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from transformers import AutoTokenizer
 
+from gateway import metrics
 from gateway.errors import RequestError, TokenizerError
+from gateway.tokens import hashing
+from gateway.tokens.bodies import parse
 from gateway.tokens.models import Models, ServedModel
 from gateway.tokens.reader import PromptReader
 from gateway.tokens.request import Api, ReadRequest
+from gateway.tokens.template import render
+from kvindex.blocks import hash_blocks, root_hash
 from tests.support.vllm_engine import tiny_model
 
 CHAT = "/v1/chat/completions"
@@ -175,6 +180,112 @@ async def test_what_the_engine_alone_knows_is_not_comparable(reader, path, body)
     request = await read(reader, path, **body)
     assert [prompt.num_comparable_tokens for prompt in request.prompts] == [0]
     assert request.inexact
+
+
+WORDS = [
+    "wörld 🎉 ",
+    "日本語 ",
+    "e\u0301",
+    "def f(x):\n    ",
+    "<|im_end|>\n<|im_start|>user\n",
+    "<|im_start|",
+    "\r\n ",
+]
+CONTENT = st.just("") | st.builds(
+    lambda words, times: "".join(words) * times,
+    st.lists(st.sampled_from(WORDS) | st.text(max_size=8), max_size=6),
+    st.sampled_from([1, 40]),
+)
+CALL = {"id": "1", "type": "function", "function": {"name": "f", "arguments": '{"x": 1}'}}
+TURNS = st.fixed_dictionaries(
+    {"role": st.sampled_from(["system", "user", "assistant", "tool"]), "content": CONTENT},
+    optional={"tool_calls": st.just([CALL])},
+)
+# Where in the conversation, and what is done there.
+EDITS = st.tuples(st.integers(0, 20), st.none() | st.just("delete") | st.just("change") | TURNS)
+IDENTITIES = st.tuples(
+    st.sampled_from([None, "adapter"]), st.sampled_from([None, "salt"]), st.sampled_from([1, 16, 48])
+)
+
+
+def edited(chat: list[dict], edit: tuple[int, object]) -> list[dict]:
+    """Append, insert, change or delete a message; never the last."""
+    at, what = edit
+    at %= len(chat)
+    if what == "delete":
+        return chat[:at] + chat[at + 1 :] if len(chat) > 1 else chat
+    if what == "change":
+        return [*chat[:at], chat[at] | {"content": chat[at]["content"][1:] + "!"}, *chat[at + 1 :]]
+    if what is None:
+        return [*chat, {"role": "user", "content": "next " * (at + 1)}]
+    return [*chat[:at], what, *chat[at:]]
+
+
+def unlimited() -> Models:
+    return Models([ServedModel("tiny", "tiny", str(tiny_model()))])
+
+
+@pytest.fixture(scope="module", params=[1 << 20, 20_000, 0])
+def remembering(request):
+    reader = PromptReader(unlimited, cache_bytes=request.param)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(hashing, "CHUNK_TOKENS", 64)
+        yield reader
+    reader.close()
+
+
+@settings(max_examples=40, deadline=None)
+@given(chat=st.lists(TURNS, min_size=1, max_size=6), edits=st.lists(EDITS, max_size=6), data=st.data())
+async def test_edited_conversations_are_read_as_if_for_the_first_time(
+    remembering, tokenizer, chat, edits, data
+):
+    tools = data.draw(st.sampled_from([None, [{"type": "function", "function": {"name": "f"}}]]))
+    for edit in [None, *edits]:
+        chat = chat if edit is None else edited(chat, edit)
+        body = json.dumps({"model": "tiny", "messages": chat, "tools": tools}).encode()
+        (prompt,) = (await remembering.read(CHAT, body)).prompts
+        (whole,) = parse(CHAT, body).inputs
+        text, _ = render(tokenizer, whole, None)
+        assert list(prompt.tokens) == tokenizer.encode(text, add_special_tokens=False)
+        lora_name, salt, block_size = data.draw(IDENTITIES)
+        root = root_hash("tiny", lora_name=lora_name, cache_salt=salt)
+        assert list(prompt.hashes(root, block_size)) == hash_blocks(root, prompt.tokens, block_size)
+
+
+async def test_a_next_turn_is_tokenised_and_hashed_for_its_new_text_alone(monkeypatch):
+    hashed = []
+
+    def counting(parent, tokens, block_size):
+        hashed.append(len(tokens))
+        return hash_blocks(parent, tokens, block_size)
+
+    monkeypatch.setattr(hashing, "hash_blocks", counting)
+    reader = PromptReader(unlimited)
+    chat = [{"role": "user", "content": f"{number} wörld " * 200} for number in range(20)]
+
+    async def cost() -> tuple[int, int, int]:
+        hashed.clear()
+        before = metrics.TOKEN_CACHE_MISSES._value.get()
+        request = await read(reader, CHAT, messages=chat)
+        request.prompts[0].hashes(root_hash("tiny"), 16)
+        return request.num_tokens, int(metrics.TOKEN_CACHE_MISSES._value.get() - before), sum(hashed)
+
+    num_tokens, num_encoded, num_hashed = await cost()
+    assert num_tokens == num_encoded == num_hashed > 20_000
+    for turn in ("one ", "two ", "three "):
+        chat += [{"role": "assistant", "content": turn * 50}, {"role": "user", "content": "and?"}]
+        more_tokens, num_encoded, num_hashed = await cost()
+        num_new = more_tokens - num_tokens
+        assert num_new <= num_encoded < num_new + 256
+        assert num_new <= num_hashed < num_new + hashing.CHUNK_TOKENS
+        num_tokens = more_tokens
+    reader.close()
+
+
+async def test_templates_that_yield_no_text_are_a_bad_request(trusting):
+    body = {"messages": [{"role": "user", "content": "a"}], "chat_template": "{{ '\\ud800' }}"}
+    with pytest.raises(RequestError, match="not text"):
+        await read(trusting, CHAT, **body)
 
 
 async def test_a_body_of_16_mb_is_read_in_a_thread(reader):
