@@ -104,7 +104,7 @@ def token(content: str, **how: bool) -> AddedToken:
 
 @pytest.fixture(scope="module", params=KINDS)
 def cut_tokenizer(request):
-    """A tokenizer and its cuts. One of its tokens takes the space behind it, others take or need it before."""
+    """A tokenizer and its cuts. One of its tokens takes the space behind it, others that before it."""
     tokenizer = with_tokens(
         KINDS[request.param](),
         *(token(START, rstrip=True), token(END), token(TOOL, special=False)),
