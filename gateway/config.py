@@ -66,7 +66,10 @@ class GatewayConfig(IndexConfig):
     )
     tokenizer_threads: int = Field(2, ge=1, description="Threads that tokenise long prompts.")
     tokenize_inline_bytes: int = Field(
-        2_048, ge=0, description="Bodies up to this size are tokenised on the event loop, which is faster."
+        2_048, ge=0, description="Up to this much new text is tokenised on the event loop, which is faster."
+    )
+    token_cache_bytes: int = Field(
+        256 << 20, ge=0, description="Memory for tokens of texts and hashes of prompts seen before."
     )
     tokenize_deadline_ms: int = Field(100, gt=0, description="Longest wait for a prompt's tokens.")
     tokenize_deadline_ms_per_mb: int = Field(1_500, ge=0, description="Added to it for each MB of body.")

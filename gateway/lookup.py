@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import asyncio
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 
 from gateway.fleet import Fleet
@@ -11,7 +11,7 @@ from gateway.plan import Candidate, Demand, obstacle
 from gateway.rates import Rates
 from gateway.tokens.models import ServedModel
 from gateway.tokens.request import Prompt, ReadRequest
-from kvindex.blocks import BlockHash, Pool, hash_blocks, root_hash
+from kvindex.blocks import BlockHash, Pool, root_hash
 from kvindex.index import IndexReader
 from kvindex.worker import RegisteredWorker, WorkerState
 
@@ -94,11 +94,10 @@ class Lookup:
     async def _find_in(
         self, pool: Pool, demand: Demand, lora_name: str | None, read: ReadRequest | None
     ) -> Found:
-        hashes: list[BlockHash] = []
+        hashes: Sequence[BlockHash] = ()
         if read is not None:
-            prompt = longest_prompt(read)
             root = root_hash(pool.model, lora_name=lora_name, cache_salt=read.cache_salt)
-            hashes = hash_blocks(root, prompt.tokens[: prompt.num_comparable_tokens], pool.block_size)
+            hashes = longest_prompt(read).hashes(root, pool.block_size)
         match = await self._index.match(pool, hashes)
         # A slot number means nothing under another registry version: it may have a new owner.
         await self._fleet.catch_up(pool, match.registry_version)

@@ -12,6 +12,15 @@ DECISIONS = Counter(
 REJECTED = Counter("kvlane_gateway_rejected", "Requests answered with an error by the router.", ["status"])
 PROMPT_TOKENS = Counter("kvlane_gateway_prompt_tokens", "Prompt tokens of planned requests.")
 MATCHED_TOKENS = Counter("kvlane_gateway_matched_tokens", "Prompt tokens cached at the chosen worker.")
+TOKEN_CACHE_HITS = Counter(
+    "kvlane_gateway_token_cache_hit_tokens", "Prompt tokens whose text had been tokenised before."
+)
+TOKEN_CACHE_MISSES = Counter(
+    "kvlane_gateway_token_cache_miss_tokens", "Prompt tokens whose text was tokenised for the request."
+)
+TOKEN_CACHE_BYTES = Gauge(
+    "kvlane_gateway_token_cache_bytes", "What the token cache takes: tokens of texts, hashes of prompts."
+)
 REPLANS = Counter("kvlane_gateway_replans", "Plans made again because the chosen worker's load had grown.")
 SETTLE_FAILURES = Counter(
     "kvlane_gateway_settle_failures", "Reservations left to expire because the index was away."

@@ -47,6 +47,7 @@ async def run(config: GatewayConfig) -> None:
             lambda: fleet.snapshot.models,
             num_threads=config.tokenizer_threads,
             inline_bytes=config.tokenize_inline_bytes,
+            cache_bytes=config.token_cache_bytes,
             trust_request_chat_template=config.trust_request_chat_template,
         )
         exits.callback(reader.close)

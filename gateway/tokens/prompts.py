@@ -5,7 +5,9 @@ Source: vLLM 0.32 `vllm/renderers/params.py` (TokenizeParams), `vllm/renderers/o
 
 from __future__ import annotations
 
+from array import array
 from collections.abc import Sequence
+from dataclasses import dataclass
 from typing import NamedTuple
 
 from gateway.errors import RequestError
@@ -13,17 +15,26 @@ from gateway.tokens.bodies import Chat, Input, ParsedRequest
 from gateway.tokens.messages import has_billing_header
 from gateway.tokens.models import ServedModel
 from gateway.tokens.request import Api, Prompt, ReadRequest
+from gateway.tokens.segments import Segments
 from gateway.tokens.tokenizer import ModelTokenizer, Truncation, cut
 
 # Prompts of the other APIs may be longer than the context, or empty.
 _GENERATES = frozenset({Api.CHAT, Api.COMPLETION, Api.GENERATE})
 
 
-class _Text(NamedTuple):
-    text: str
-    inexact: str | None = None
-    num_known_chars: int | None = None
-    """Leading characters that the engine is sure to see too; None: all."""
+@dataclass(frozen=True, slots=True)
+class Draft:
+    """One prompt before it is tokenised."""
+
+    text: Segments
+    inexact: str | None
+    is_partly_known: bool
+    """Whether the engine is sure to see only the part of the text that counts."""
+
+
+def brings_template(parsed: ParsedRequest) -> bool:
+    """Say whether the request brings a chat template: a program whose run time nobody knows."""
+    return any(isinstance(given, Chat) and given.template is not None for given in parsed.inputs)
 
 
 def given_prompts(parsed: ParsedRequest, model: ServedModel) -> ReadRequest:
@@ -33,14 +44,15 @@ def given_prompts(parsed: ParsedRequest, model: ServedModel) -> ReadRequest:
         RequestError: 400, a prompt is empty or longer than the context.
     """
     truncation = _truncation(parsed, model)
-    prompts = [cut(given, truncation) for given in parsed.inputs if isinstance(given, list)]
-    return _read(parsed, model, [Prompt(tokens, len(tokens)) for tokens in prompts], parsed.inexact)
+    given = [cut(array("I", ids), truncation) for ids in parsed.inputs if isinstance(ids, list)]
+    prompts = [Prompt(tokens, len(tokens)) for tokens in given]
+    return _read(parsed, model, prompts, parsed.inexact)
 
 
-def tokenized_prompts(
+def draft_prompts(
     parsed: ParsedRequest, model: ServedModel, tokenizer: ModelTokenizer, *, trusts_templates: bool
-) -> ReadRequest:
-    """Return the prompts of a request that brings text or a conversation. Thread-safe.
+) -> list[Draft]:
+    """Return the prompts of a request that brings text or a conversation, rendered. Thread-safe.
 
     Args:
         parsed: the request.
@@ -49,13 +61,33 @@ def tokenized_prompts(
         trusts_templates: a template that comes with the request may run here.
 
     Raises:
-        RequestError: 400, the template refuses the conversation, or a prompt is empty or longer than
-            the context.
+        RequestError: 400, the template refuses the conversation or yields what is not text, or a prompt
+            is longer than the context.
         TokenizerError: the engine writes this model's chats in code.
     """
     texts = [_text(given, parsed, tokenizer, trusts_templates) for given in parsed.inputs]
-    prompts = [_prompt(text, parsed, model, tokenizer) for text in texts]
-    return _read(parsed, model, prompts, next((text.inexact for text in texts if text.inexact), None))
+    return [_draft(text, parsed, model, tokenizer) for text in texts]
+
+
+def tokenized_prompts(
+    parsed: ParsedRequest, model: ServedModel, tokenizer: ModelTokenizer, drafts: Sequence[Draft]
+) -> ReadRequest:
+    """Return the request's prompts, once their drafts are encoded.
+
+    Raises:
+        RequestError: 400, a prompt is empty or longer than the context.
+    """
+    truncation = _truncation(parsed, model)
+    prompts = [_prompt(draft, parsed, tokenizer, truncation) for draft in drafts]
+    inexact = next((draft.inexact for draft in drafts if draft.inexact), None)
+    return _read(parsed, model, prompts, inexact)
+
+
+class _Text(NamedTuple):
+    text: str
+    inexact: str | None = None
+    num_known_chars: int | None = None
+    """Leading characters that the engine is sure to see too; None: all."""
 
 
 def _text(given: Input, parsed: ParsedRequest, tokenizer: ModelTokenizer, trusts_templates: bool) -> _Text:
@@ -73,21 +105,38 @@ def _text(given: Input, parsed: ParsedRequest, tokenizer: ModelTokenizer, trusts
     return _Text(text)
 
 
-def _prompt(text: _Text, parsed: ParsedRequest, model: ServedModel, tokenizer: ModelTokenizer) -> Prompt:
-    if text.num_known_chars is not None:
-        return tokenizer.encode_until(
-            text.text, text.num_known_chars, add_special_tokens=parsed.add_special_tokens
-        )
+def _draft(text: _Text, parsed: ParsedRequest, model: ServedModel, tokenizer: ModelTokenizer) -> Draft:
+    is_partly_known = text.num_known_chars is not None
+    whole = text.text if is_partly_known else _bounded(text.text, parsed, model, tokenizer)
+    try:
+        segments = tokenizer.split(whole, counted_chars=text.num_known_chars)
+    except UnicodeEncodeError as error:
+        raise RequestError(400, f"The chat template yields what is not text: {error}") from error
+    return Draft(segments, text.inexact, is_partly_known)
+
+
+def _bounded(whole: str, parsed: ParsedRequest, model: ServedModel, tokenizer: ModelTokenizer) -> str:
+    """Return what is worth tokenising: the longest tokens cannot hold more."""
+    if model.max_model_len_tokens is None or parsed.api not in _GENERATES:
+        return whole
     truncation = _truncation(parsed, model)
-    whole = text.text
-    if model.max_model_len_tokens is not None and parsed.api in _GENERATES:
-        # More text than the longest tokens can hold is not worth tokenising.
-        max_chars = model.max_model_len_tokens * tokenizer.max_chars_per_token
-        if truncation is None and len(whole) > max_chars:
-            raise _too_long(model.max_model_len_tokens, f"{len(whole)} characters")
-        if truncation is not None and truncation.counts_special_tokens and len(whole) > max_chars:
-            whole = whole[-max_chars:] if truncation.side == "left" else whole[:max_chars]
-    tokens = tokenizer.encode(whole, add_special_tokens=parsed.add_special_tokens, truncation=truncation)
+    max_chars = model.max_model_len_tokens * tokenizer.max_chars_per_token
+    if len(whole) <= max_chars:
+        return whole
+    if truncation is None:
+        raise _too_long(model.max_model_len_tokens, f"{len(whole)} characters")
+    if truncation.counts_special_tokens:
+        return whole[-max_chars:] if truncation.side == "left" else whole[:max_chars]
+    return whole
+
+
+def _prompt(
+    draft: Draft, parsed: ParsedRequest, tokenizer: ModelTokenizer, truncation: Truncation | None
+) -> Prompt:
+    special = parsed.add_special_tokens
+    if draft.is_partly_known:
+        return tokenizer.counted_prompt(draft.text, add_special_tokens=special)
+    tokens = tokenizer.tokens(draft.text, add_special_tokens=special, truncation=truncation)
     return Prompt(tokens, len(tokens))
 
 

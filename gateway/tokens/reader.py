@@ -6,24 +6,34 @@ import asyncio
 import contextlib
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
+from dataclasses import replace
 from functools import partial
+from typing import TypeVar
 
 from gateway.errors import TokenizerError
 from gateway.tokens.bodies import parse
+from gateway.tokens.cache import ByteCache
+from gateway.tokens.hashing import BlockHasher
 from gateway.tokens.models import Models
-from gateway.tokens.prompts import given_prompts, tokenized_prompts
+from gateway.tokens.prompts import brings_template, draft_prompts, given_prompts, tokenized_prompts
 from gateway.tokens.request import ReadRequest
 from gateway.tokens.tokenizer import Tokenizers
 
+LONG_BODY_BYTES = 1 << 20
+"""Rendering and looking up this much takes the event loop a few milliseconds."""
+
+Result = TypeVar("Result")
+
 
 class PromptReader:
-    """Reads prompts on one event loop; long ones are tokenised in threads.
+    """Reads prompts on one event loop; what takes long is done in threads.
 
     Args:
         models: tells what the fleet serves now.
-        num_threads: threads that tokenise long prompts and load tokenizers.
-        inline_bytes: bodies up to this size are tokenised on the event loop, where the way to a thread
-            and back would take longer.
+        num_threads: threads that tokenise and load tokenizers.
+        inline_bytes: up to this much text that is not remembered is tokenised on the event loop, where
+            the way to a thread and back would take longer.
+        cache_bytes: memory for tokens of texts and hashes of prompts.
         trust_request_chat_template: engines run with `--trust-request-chat-template`; templates that come
             with requests are programs, and run here only then.
     """
@@ -34,13 +44,16 @@ class PromptReader:
         *,
         num_threads: int = 2,
         inline_bytes: int = 2_048,
+        cache_bytes: int = 256 << 20,
         trust_request_chat_template: bool = False,
     ) -> None:
         self._models = models
         self._inline_bytes = inline_bytes
         self._trusts_templates = trust_request_chat_template
         self._pool = ThreadPoolExecutor(num_threads, thread_name_prefix="tokens")
-        self._tokenizers = Tokenizers(self._pool)
+        cache = ByteCache(cache_bytes)
+        self._tokenizers = Tokenizers(self._pool, cache)
+        self._hasher = BlockHasher(cache)
 
     def close(self) -> None:
         """Let go of the threads; what they are doing is not waited for."""
@@ -64,11 +77,21 @@ class PromptReader:
             return None
         model = self._models().find(parsed.model)
         if all(isinstance(given, list) for given in parsed.inputs):
-            return given_prompts(parsed, model)
+            return self._hashing(given_prompts(parsed, model))
         tokenizer = await self._tokenizers.get(model)
-        tokenize = partial(
-            tokenized_prompts, parsed, model, tokenizer, trusts_templates=self._trusts_templates
-        )
-        if len(body) <= self._inline_bytes:
-            return tokenize()
-        return await asyncio.get_running_loop().run_in_executor(self._pool, tokenize)
+        draft = partial(draft_prompts, parsed, model, tokenizer, trusts_templates=self._trusts_templates)
+        runs_program = self._trusts_templates and brings_template(parsed)
+        drafts = await self._do(draft, in_thread=len(body) > LONG_BODY_BYTES or runs_program)
+        texts = [draft.text for draft in drafts]
+        num_new_bytes = sum(text.num_new_bytes for text in texts)
+        await self._do(partial(tokenizer.encode, texts), in_thread=num_new_bytes > self._inline_bytes)
+        return self._hashing(tokenized_prompts(parsed, model, tokenizer, drafts))
+
+    async def _do(self, work: Callable[[], Result], *, in_thread: bool) -> Result:
+        if in_thread:
+            return await asyncio.get_running_loop().run_in_executor(self._pool, work)
+        return work()
+
+    def _hashing(self, read: ReadRequest) -> ReadRequest:
+        """Let the prompts be hashed with what is remembered of earlier ones."""
+        return replace(read, prompts=tuple([replace(prompt, hasher=self._hasher) for prompt in read.prompts]))

@@ -3,9 +3,13 @@
 from __future__ import annotations
 
 import enum
-from dataclasses import dataclass
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
 
-from kvindex.blocks import Tokens
+from kvindex.blocks import BlockHash, Tokens, hash_blocks
+
+Hasher = Callable[[BlockHash, Tokens, int], Sequence[BlockHash]]
+"""Hashes like `hash_blocks`, which may remember what it has hashed before."""
 
 
 class Api(enum.StrEnum):
@@ -28,6 +32,11 @@ class Prompt:
 
     tokens: Tokens
     num_comparable_tokens: int
+    hasher: Hasher = field(default=hash_blocks, repr=False, compare=False)
+
+    def hashes(self, root: BlockHash, block_size: int) -> Sequence[BlockHash]:
+        """Return the hashes of the full blocks of comparable tokens."""
+        return self.hasher(root, self.tokens[: self.num_comparable_tokens], block_size)
 
 
 @dataclass(frozen=True, slots=True)

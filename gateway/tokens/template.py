@@ -17,6 +17,7 @@ from jinja2.parser import Parser
 from gateway.errors import RequestError
 from gateway.tokens.bodies import Chat, JsonObject
 from gateway.tokens.messages import conversation, has_media, without_developer
+from gateway.tokens.sandbox import hasten
 
 # What a template can raise: it is a program, partly written for other inputs than the one at hand.
 _TEMPLATE_ERRORS = (
@@ -92,7 +93,7 @@ def render(tokenizer: TemplateTokenizer, chat: Chat, template: str | None) -> tu
         messages = conversation(chat.messages, structured=structured, stand_in=stand_in)
         if any(message["role"] == "developer" for message in messages) and not _knows_developer(text):
             messages = without_developer(messages)
-        return _apply(tokenizer, messages, {**options, "chat_template": text, "tools": tools})
+        return _apply(tokenizer, text, messages, {**options, "tools": tools})
 
     prompt = rendered()
     if not has_media(chat.messages):
@@ -101,9 +102,12 @@ def render(tokenizer: TemplateTokenizer, chat: Chat, template: str | None) -> tu
     return prompt, len(commonprefix([prompt, rendered("0"), rendered("1")]))  # noqa: RUF071 - as wanted
 
 
-def _apply(tokenizer: TemplateTokenizer, messages: list[JsonObject], options: JsonObject) -> str:
+def _apply(
+    tokenizer: TemplateTokenizer, template: str, messages: list[JsonObject], options: JsonObject
+) -> str:
     try:
-        return tokenizer.apply_chat_template(messages, tokenize=False, **options)
+        hasten(template)
+        return tokenizer.apply_chat_template(messages, tokenize=False, chat_template=template, **options)
     except _TEMPLATE_ERRORS as error:
         raise RequestError(400, f"The chat template refuses this conversation: {error}") from error
 

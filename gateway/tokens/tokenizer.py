@@ -6,9 +6,10 @@ Source: vLLM 0.32 `vllm/renderers/params.py` (TokenizeParams), `vllm/tokenizers/
 from __future__ import annotations
 
 import asyncio
+from array import array
+from collections.abc import Sequence
 from concurrent.futures import Executor
-from dataclasses import dataclass
-from itertools import takewhile
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Protocol
 
@@ -16,12 +17,15 @@ import structlog
 
 from gateway.errors import TokenizerError
 from gateway.tokens.bodies import Chat, Side
+from gateway.tokens.cache import ByteCache
+from gateway.tokens.cuts import find_cuts
 from gateway.tokens.models import ServedModel
 from gateway.tokens.request import Prompt
+from gateway.tokens.segments import SegmentEncoder, Segments
 from gateway.tokens.template import TemplateTokenizer, render
 
 if TYPE_CHECKING:
-    from tokenizers import Encoding, Tokenizer
+    from tokenizers import Tokenizer
 
 log = structlog.get_logger(__name__)
 
@@ -44,8 +48,13 @@ _CHATS_IN_CODE = frozenset(
 class HfTokenizer(TemplateTokenizer, Protocol):
     """A fast tokenizer of transformers."""
 
+    all_special_tokens: list[str]
     backend_tokenizer: Tokenizer
+    chat_template: str | dict[str, str] | None
     split_special_tokens: bool
+
+    def get_added_vocab(self) -> dict[str, int]:
+        """Return every added token with its id."""
 
     def get_vocab(self) -> dict[str, int]:
         """Return every token with its id."""
@@ -65,26 +74,40 @@ class Truncation:
 class ModelTokenizer:
     """A model's tokenizer and chat template. Thread-safe; encoding frees the GIL.
 
+    A text becomes tokens in three steps: `split`, `encode`, `tokens`. Only the second takes long.
+
     Args:
         tokenizer: a transformers tokenizer with a Rust backend, owned from now on.
+        cache: where tokens of texts are remembered.
         chat_template: Jinja text that the engines were given instead of the tokenizer's own.
         chats_in_code: the engine does not use templates for this model.
     """
 
     def __init__(
-        self, tokenizer: HfTokenizer, *, chat_template: str | None = None, chats_in_code: bool = False
+        self,
+        tokenizer: HfTokenizer,
+        cache: ByteCache,
+        *,
+        chat_template: str | None = None,
+        chats_in_code: bool = False,
     ) -> None:
         self._tokenizer = tokenizer
         self._chat_template = chat_template
         self._chats_in_code = chats_in_code
-        self._encoder = tokenizer.backend_tokenizer
-        self._encoder.no_padding()
-        self._encoder.no_truncation()
-        self._encoder.encode_special_tokens = tokenizer.split_special_tokens
+        encoder = tokenizer.backend_tokenizer
+        encoder.no_padding()
+        encoder.no_truncation()
+        encoder.encode_special_tokens = tokenizer.split_special_tokens
+        self._added = added_tokens(encoder)
+        # What stands between the messages of a conversation is in the template, or special.
+        template = chat_template or str(tokenizer.chat_template)
+        wanted = {token for token in tokenizer.get_added_vocab() if token in template}
+        cuts = find_cuts(encoder, wanted | {*tokenizer.all_special_tokens})
+        self._segments = SegmentEncoder(encoder, cuts, cache)
         self.max_chars_per_token: int = max(map(len, tokenizer.get_vocab()), default=1)
 
     @classmethod
-    def load(cls, model: ServedModel) -> ModelTokenizer:
+    def load(cls, model: ServedModel, cache: ByteCache) -> ModelTokenizer:
         """Load the tokenizer of `model` from its directory or, unless offline, from the hub. Blocking.
 
         Raises:
@@ -110,7 +133,10 @@ class ModelTokenizer:
         if not tokenizer.is_fast:
             raise TokenizerError(f"{where}: written in Python, too slow for a gateway")
         chats_in_code = bool(_CHATS_IN_CODE & set(config.get("architectures") or ()))
-        return cls(tokenizer, chat_template=template, chats_in_code=chats_in_code)
+        try:
+            return cls(tokenizer, cache, chat_template=template, chats_in_code=chats_in_code)
+        except TokenizerError as error:
+            raise TokenizerError(f"{where}: {error}") from error
 
     def render(self, chat: Chat, *, use_own_template: bool) -> tuple[str, int | None]:
         """Return the prompt's text, and how many of its characters precede the first image, audio or video.
@@ -130,33 +156,38 @@ class ModelTokenizer:
         template = (chat.template if use_own_template else None) or self._chat_template
         return render(self._tokenizer, chat, template)
 
-    def encode(
-        self, text: str, *, add_special_tokens: bool, truncation: Truncation | None = None
-    ) -> list[int]:
-        """Return the tokens of `text`."""
-        if truncation is None or truncation.counts_special_tokens:
-            return cut(self._encode(text, add_special_tokens).ids, truncation)
-        # The tokenizer makes room for the special tokens that it adds.
-        encoding = self._encode(text, add_special_tokens=False)
-        num_added = self._encoder.num_special_tokens_to_add(False) if add_special_tokens else 0
-        encoding.truncate(max(truncation.num_tokens - num_added, 0), direction=truncation.side)
-        if add_special_tokens:
-            encoding = self._encoder.post_process(encoding)
-        return cut(encoding.ids, truncation)
+    def split(self, text: str, *, counted_chars: int | None = None) -> Segments:
+        """See `SegmentEncoder.split`."""
+        return self._segments.split(text, counted_chars=counted_chars)
 
-    def encode_until(self, text: str, num_chars: int, *, add_special_tokens: bool) -> Prompt:
-        """Return the tokens of `text`; comparable are those within its first `num_chars` characters."""
-        (encoding,) = self._encoder.encode_batch([text], add_special_tokens=add_special_tokens)
-        within = takewhile(lambda offsets: offsets[1] <= num_chars, encoding.offsets)
-        return Prompt(encoding.ids, sum(1 for _ in within))
+    def encode(self, batch: Sequence[Segments]) -> None:
+        """See `SegmentEncoder.encode`."""
+        self._segments.encode(batch)
 
-    def _encode(self, text: str, add_special_tokens: bool) -> Encoding:
-        # Unlike encode, the batch call frees the GIL; "fast" leaves out offsets, which nobody reads.
-        (encoding,) = self._encoder.encode_batch_fast([text], add_special_tokens=add_special_tokens)
-        return encoding
+    def tokens(
+        self, text: Segments, *, add_special_tokens: bool, truncation: Truncation | None = None
+    ) -> array[int]:
+        """Return the tokens of an encoded text, as u32."""
+        tokens = array("I", text.packed)
+        if not add_special_tokens:
+            return cut(tokens, truncation)
+        before, after = self._added
+        if truncation is not None and not truncation.counts_special_tokens:
+            # The tokenizer makes room for the special tokens that it adds.
+            room = max(truncation.num_tokens - len(before) - len(after), 0)
+            tokens = cut(tokens, replace(truncation, num_tokens=room))
+        return cut(before + tokens + after, truncation)
+
+    def counted_prompt(self, text: Segments, *, add_special_tokens: bool) -> Prompt:
+        """Return the tokens of an encoded text; comparable are those within the part of it that counts."""
+        tokens = self.tokens(text, add_special_tokens=add_special_tokens)
+        num_tokens = text.num_counted_tokens
+        if add_special_tokens and num_tokens:
+            num_tokens += len(self._added[0])
+        return Prompt(tokens, num_tokens)
 
 
-def cut(tokens: list[int], truncation: Truncation | None) -> list[int]:
+def cut(tokens: array[int], truncation: Truncation | None) -> array[int]:
     """Return what `truncation` leaves of `tokens`."""
     if truncation is None or len(tokens) <= truncation.num_tokens:
         return tokens
@@ -165,15 +196,39 @@ def cut(tokens: list[int], truncation: Truncation | None) -> list[int]:
     return tokens[len(tokens) - truncation.num_tokens :]
 
 
+def added_tokens(tokenizer: Tokenizer) -> tuple[array[int], array[int]]:
+    """Return the special tokens that `tokenizer` puts before and after a text.
+
+    Raises:
+        TokenizerError: it does something else to texts.
+    """
+    candidates: set[tuple[tuple[int, ...], tuple[int, ...]]] | None = None
+    for sample in ("Hello, world!", "a", ""):
+        bare, whole = (tokenizer.encode(sample, add_special_tokens=added).ids for added in (False, True))
+        num_added = len(whole) - len(bare)
+        fitting = {
+            (tuple(whole[:size]), tuple(whole[size + len(bare) :]))
+            for size in range(num_added + 1)
+            if whole[size : size + len(bare)] == bare
+        }
+        candidates = fitting if candidates is None else candidates & fitting
+    if candidates is None or len(candidates) != 1:
+        raise TokenizerError("its special tokens are not simply put before and after a text")
+    ((before, after),) = candidates
+    return array("I", before), array("I", after)
+
+
 class Tokenizers:
     """Loads each tokenizer once, off the event loop, and remembers failures for a while.
 
     Args:
         pool: threads that load.
+        cache: where all of them remember tokens.
     """
 
-    def __init__(self, pool: Executor) -> None:
+    def __init__(self, pool: Executor, cache: ByteCache) -> None:
         self._pool = pool
+        self._cache = cache
         self._loading: dict[tuple[str, Path | None], asyncio.Future[ModelTokenizer]] = {}
 
     async def get(self, model: ServedModel) -> ModelTokenizer:
@@ -188,7 +243,7 @@ class Tokenizers:
         loading = self._loading.get(key)
         if loading is None:
             loop = asyncio.get_running_loop()
-            loading = loop.run_in_executor(self._pool, ModelTokenizer.load, model)
+            loading = loop.run_in_executor(self._pool, ModelTokenizer.load, model, self._cache)
             self._loading[key] = loading
             loading.add_done_callback(lambda done: self._loaded(model, key, done))
         return await asyncio.shield(loading)

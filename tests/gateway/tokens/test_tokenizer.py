@@ -14,6 +14,7 @@ from transformers import AutoTokenizer
 from gateway.errors import TokenizerError
 from gateway.tokens import tokenizer as module
 from gateway.tokens.bodies import Chat, Message
+from gateway.tokens.cache import ByteCache
 from gateway.tokens.models import ServedModel
 from gateway.tokens.tokenizer import ModelTokenizer, Tokenizers, Truncation
 from tests.support.vllm_engine import tiny_model
@@ -22,7 +23,13 @@ TEXT = "def f(x):\n    return x  # wörld 日本語 🎉 <|im_end|> <|im_start|>
 
 
 def served(directory: object, **fields: object) -> ModelTokenizer:
-    return ModelTokenizer.load(ServedModel("m", "m", str(directory), **fields))
+    return ModelTokenizer.load(ServedModel("m", "m", str(directory), **fields), ByteCache(1 << 20))
+
+
+def encode(tokenizer: ModelTokenizer, text: str, **how: object) -> list[int]:
+    segments = tokenizer.split(text)
+    tokenizer.encode([segments])
+    return list(tokenizer.tokens(segments, **how))
 
 
 @pytest.fixture(scope="module")
@@ -41,7 +48,7 @@ def with_bos(tmp_path_factory):
 @pytest.mark.parametrize("text", [TEXT, "", "a"])
 def test_tokens_are_those_of_transformers(with_bos, text, add_special_tokens):
     reference = AutoTokenizer.from_pretrained(with_bos)
-    tokens = served(with_bos).encode(text, add_special_tokens=add_special_tokens)
+    tokens = encode(served(with_bos), text, add_special_tokens=add_special_tokens)
     assert tokens == reference.encode(text, add_special_tokens=add_special_tokens)
 
 
@@ -54,29 +61,44 @@ def test_default_truncation_keeps_the_special_tokens(with_bos, side, num_tokens,
         TEXT, add_special_tokens=add_special_tokens, truncation=True, max_length=num_tokens
     )
     cut = Truncation(num_tokens, side, counts_special_tokens=False)
-    assert served(with_bos).encode(TEXT, add_special_tokens=add_special_tokens, truncation=cut) == expected
+    tokens = encode(served(with_bos), TEXT, add_special_tokens=add_special_tokens, truncation=cut)
+    assert tokens == expected
 
 
 def test_truncation_to_a_side_cuts_the_special_tokens_too(with_bos):
     tokenizer = served(with_bos)
-    whole = tokenizer.encode(TEXT, add_special_tokens=True)
+    whole = encode(tokenizer, TEXT, add_special_tokens=True)
     for num_tokens in (0, 1, 5, 1000):
         left = Truncation(num_tokens, "left", counts_special_tokens=True)
         right = Truncation(num_tokens, "right", counts_special_tokens=True)
         kept = min(num_tokens, len(whole))
-        assert tokenizer.encode(TEXT, add_special_tokens=True, truncation=left) == whole[len(whole) - kept :]
-        assert tokenizer.encode(TEXT, add_special_tokens=True, truncation=right) == whole[:kept]
+        from_right = encode(tokenizer, TEXT, add_special_tokens=True, truncation=left)
+        assert from_right == whole[len(whole) - kept :]
+        assert encode(tokenizer, TEXT, add_special_tokens=True, truncation=right) == whole[:kept]
 
 
-def test_tokens_up_to_a_character_are_counted(with_bos):
+@pytest.mark.parametrize("known", ["", "🎉", "<|im_end|>"])
+def test_tokens_up_to_a_character_are_counted(with_bos, known):
     tokenizer = served(with_bos)
-    known = TEXT.index("🎉")
-    prompt = tokenizer.encode_until(TEXT, known, add_special_tokens=True)
-    assert prompt.tokens == tokenizer.encode(TEXT, add_special_tokens=True)
-    assert prompt.tokens[: prompt.num_comparable_tokens] == [
-        0,
-        *tokenizer.encode(TEXT[:known], add_special_tokens=False),
-    ]
+    text = "<|im_start|>system\n" + "be kind " * 100 + TEXT
+    num_chars = text.index(known)
+    segments = tokenizer.split(text, counted_chars=num_chars)
+    assert segments.num_new_bytes >= len(text)
+    tokenizer.encode([segments])
+    prompt = tokenizer.counted_prompt(segments, add_special_tokens=True)
+    assert list(prompt.tokens) == encode(tokenizer, text, add_special_tokens=True)
+    before = [0, *encode(tokenizer, text[:num_chars], add_special_tokens=False)] if known else []
+    assert list(prompt.tokens[: prompt.num_comparable_tokens]) == before
+
+
+def test_a_tokenizer_that_puts_tokens_into_texts_is_left_to_the_engine(tmp_path):
+    tokenizer = AutoTokenizer.from_pretrained(tiny_model())
+    tokenizer.backend_tokenizer.post_processor = TemplateProcessing(
+        single="$A <|endoftext|> $A", special_tokens=[("<|endoftext|>", 0)]
+    )
+    tokenizer.save_pretrained(tmp_path)
+    with pytest.raises(TokenizerError, match=r"tokenizer of m .*not simply put before and after a text"):
+        served(tmp_path)
 
 
 def test_the_longest_token_is_known():
@@ -121,7 +143,7 @@ def test_chats_that_the_engine_writes_in_code_are_left_to_it(tmp_path):
     config = json.loads((tmp_path / "config.json").read_text()) | {"architectures": ["GptOssForCausalLM"]}
     (tmp_path / "config.json").write_text(json.dumps(config))
     tokenizer = served(tmp_path)
-    assert tokenizer.encode("text", add_special_tokens=True)
+    assert encode(tokenizer, "text", add_special_tokens=True)
     with pytest.raises(TokenizerError, match="in code"):
         tokenizer.render(Chat([Message("user", "a")]), use_own_template=False)
 
@@ -137,9 +159,11 @@ def test_the_engines_chat_template_wins(tmp_path):
 async def test_a_tokenizer_is_loaded_once_and_kept(monkeypatch):
     loads = []
     load = ModelTokenizer.load
-    monkeypatch.setattr(ModelTokenizer, "load", lambda model: loads.append(model) or load(model))
+    monkeypatch.setattr(
+        ModelTokenizer, "load", lambda model, cache: loads.append(model) or load(model, cache)
+    )
     with ThreadPoolExecutor(2) as pool:
-        tokenizers = Tokenizers(pool)
+        tokenizers = Tokenizers(pool, ByteCache(0))
         model = ServedModel("a", "a", str(tiny_model()))
         adapter = ServedModel("b", "a", str(tiny_model()), lora_name="b")
         first, *others = await asyncio.gather(*(tokenizers.get(each) for each in (model, model, adapter)))
@@ -149,19 +173,19 @@ async def test_a_tokenizer_is_loaded_once_and_kept(monkeypatch):
 
 async def test_giving_up_does_not_stop_the_loading():
     with ThreadPoolExecutor(1) as pool:
-        tokenizers = Tokenizers(pool)
+        tokenizers = Tokenizers(pool, ByteCache(0))
         model = ServedModel("a", "a", str(tiny_model()))
         with pytest.raises(TimeoutError):
             async with asyncio.timeout(0):
                 await tokenizers.get(model)
-        assert (await tokenizers.get(model)).encode("a", add_special_tokens=True)
+        assert encode(await tokenizers.get(model), "a", add_special_tokens=True)
 
 
 async def test_a_failure_is_tried_again_after_a_while(tmp_path, monkeypatch):
     monkeypatch.setattr(module, "RETRY_S", 0.01)
     model = ServedModel("a", "a", str(tmp_path / "later"))
     with ThreadPoolExecutor(1) as pool:
-        tokenizers = Tokenizers(pool)
+        tokenizers = Tokenizers(pool, ByteCache(0))
         with pytest.raises(TokenizerError):
             await tokenizers.get(model)
         shutil.copytree(tiny_model(), tmp_path / "later")
