@@ -1,8 +1,8 @@
 """Makes Jinja's sandbox find the fields of messages sooner. What it finds is the same.
 
 For `message.role` the sandbox asks the dict for an attribute `role`, catches the error, then takes the
-item; for `loop.first` or `content.strip` it looks at length whether the answer is safe to give. In a
-conversation of many messages that is most of the time that rendering takes.
+item; for `loop.first`, `content.strip` or `ns.turns` it looks at length whether the answer is safe to give.
+In a conversation of many messages that is most of the time that rendering takes.
 
 Source: jinja2 3.1 `sandbox.py` (SandboxedEnvironment.getattr, ImmutableSandboxedEnvironment).
 """
@@ -15,6 +15,7 @@ from typing import Any
 
 from jinja2 import Environment
 from jinja2.runtime import LoopContext
+from jinja2.utils import Namespace
 
 _DICT_ATTRIBUTES = frozenset(dir(dict))
 
@@ -28,6 +29,9 @@ _SAFE = {
         }
     ),
 }
+
+
+_PLAIN = (bool, int, str)
 
 
 @lru_cache(maxsize=128)
@@ -51,6 +55,10 @@ def _quick(environment: Environment) -> Callable[[Any, str], Any]:
             return owner[name] if name in owner else environment.undefined(obj=owner, name=name)
         if name in _SAFE.get(kind, ()):
             return getattr(owner, name)
+        if kind is Namespace and not name.startswith("_"):
+            value = getattr(owner, name, None)
+            if type(value) in _PLAIN:
+                return value
         return careful(owner, name)
 
     return getattr_
