@@ -96,6 +96,13 @@ class Connection:
             self._client.connection_pool.disconnect(inuse_connections=False)
             return self._client.execute_command(*command)
 
+    def home(self, key: str) -> str | None:
+        """Return the node to which the last call about `key` went; None unless it is a cluster."""
+        if self.url.topology is not Topology.CLUSTER or self._client is None:
+            return None
+        node = self._client.get_node_from_key(key)
+        return str(node.name) if node else None
+
     def close(self) -> None:
         """Release the connections; a later call makes new ones."""
         if self._client is not None:
