@@ -27,7 +27,6 @@ _REFUSALS = {
     "DB index is out of range": "choose a database that it has",
     "luster mode is not enabled|cluster support disabled": "it is no cluster: write redis:// before its host",
     "^MOVED |not allowed in cluster mode": "it belongs to a cluster: write redis+cluster:// before its host",
-    "CERTIFICATE_REQUIRED": "set ssl_certfile and ssl_keyfile in the URL: it wants a client certificate",
     "CERTIFICATE_VERIFY_FAILED": "set ssl_ca_certs in the URL to the CA of its certificate, and use its name",
 }
 _FULL = "used memory > 'maxmemory'"
@@ -72,6 +71,8 @@ def _translated(error: Exception, url: RedisUrl) -> IndexUnavailable:
             return IndexRefused(f"Redis at {url}: {said}; {what_to_do}")
     if url.tls and "imeout connecting" in said:
         said += "; if it does not speak TLS on this port, write redis:// or give the port that does"
+    if url.tls and not url.tls.ssl_certfile and re.search("closed|reset|CERTIFICATE_REQUIRED", said):
+        said += "; if it wants a client certificate, set ssl_certfile and ssl_keyfile in the URL"
     hint = next((f"; {hint}" for pattern, hint in _HINTS.items() if re.search(pattern, said)), "")
     return (IndexFull if _FULL in said else IndexUnavailable)(f"Redis at {url}: {said}{hint}")
 

@@ -57,5 +57,13 @@ class Published:
         expected = (state.num_blocks, f"{state.digest:016x}")
         return [(each.num_indexed_blocks, each.digest) for each in workers] == [expected]
 
+    async def holds_each(self, hashes: Sequence[int]) -> bool:
+        """Whether every block is found as well: counts and digests are kept apart from the blocks."""
+        try:
+            holders = [await self.reader.holders(self.worker.pool, block) for block in hashes]
+        except IndexUnavailable:
+            return False
+        return all(len(each) == 1 for each in holders) and await self.holds(hashes)
+
     def close(self) -> None:
         self._publisher.stop()

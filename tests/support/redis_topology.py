@@ -190,20 +190,21 @@ class Cluster:
         command("DELSLOTS")
         return lambda: command("ADDSLOTS")
 
-    def move_slot(self, key: str, source: RedisProcess, target: RedisProcess) -> Iterator[int]:
-        """Move the slot of `key`; yield the number of keys still to move after each slice of them."""
-        slot = redis.cluster.key_slot(key.encode())
-        with source.client() as ours, target.client() as theirs:
-            our_id, their_id = ours.execute_command("CLUSTER MYID"), theirs.execute_command("CLUSTER MYID")
+    def move_pool(self, directory: str, source: RedisProcess, target: RedisProcess) -> Iterator[None]:
+        """Move a pool as an operator would move its slot, key by key; yield after every few.
+
+        The buckets are last, so that whatever is written meanwhile is overwritten by what was there before.
+        """
+        slot = redis.cluster.key_slot(directory.encode())
+        with redis.Redis(port=source.port) as ours, redis.Redis(port=target.port) as theirs:
+            our_id, their_id = (each.execute_command("CLUSTER MYID") for each in (ours, theirs))
             theirs.execute_command("CLUSTER", "SETSLOT", slot, "IMPORTING", our_id)
             ours.execute_command("CLUSTER", "SETSLOT", slot, "MIGRATING", their_id)
-            raw = redis.Redis(port=source.port)  # keys are not text
-            while keys := raw.execute_command("CLUSTER", "GETKEYSINSLOT", slot, 3):
-                raw.execute_command(
-                    "MIGRATE", "127.0.0.1", target.port, "", 0, 5000, "REPLACE", "KEYS", *keys
-                )
-                yield raw.execute_command("CLUSTER", "COUNTKEYSINSLOT", slot)
-            raw.close()
+            to_target = ("127.0.0.1", target.port, "", 0, 5000, "REPLACE", "KEYS")
+            while keys := ours.execute_command("CLUSTER", "GETKEYSINSLOT", slot, 10_000):
+                others = [key for key in keys if b":b:" not in key]
+                ours.execute_command("MIGRATE", *to_target, *(others or keys[:10]))
+                yield
             for client in (theirs, ours):
                 client.execute_command("CLUSTER", "SETSLOT", slot, "NODE", their_id)
 
@@ -215,7 +216,7 @@ def cluster(*, replicated: str | None = None, binary: Path | None = None) -> Ite
     with ExitStack() as stack:
         nodes = [
             stack.enter_context(RedisProcess(*options, port=port, binary=binary))
-            for port in _cluster_ports(3 if replicated is None else 4)
+            for port in cluster_ports(3 if replicated is None else 4)
         ]
         for node in nodes:
             node.wait_until_ready()
@@ -242,7 +243,8 @@ def _sees(client: redis.Redis, num_nodes: int) -> bool:
     return info["cluster_state"] == "ok" and int(info["cluster_known_nodes"]) == num_nodes
 
 
-def _cluster_ports(count: int) -> list[int]:
+def cluster_ports(count: int) -> list[int]:
+    """Return free ports that have a free port for the cluster's bus beside them."""
     ports: list[int] = []
     while len(ports) < count:
         (port,) = free_ports(1)
