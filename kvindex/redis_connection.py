@@ -31,7 +31,7 @@ from kvindex.redis_line import Line
 from kvindex.redis_url import RedisUrl, Topology, parse_redis_url
 
 _MAX_CONNECTIONS = 32
-"""Of one event loop to a cluster; more calls at once wait for their turn, as they would in Redis itself."""
+"""Of one event loop; more calls at once wait for their turn, as they would in Redis itself."""
 
 _RETRIES = 2
 """Every call may be repeated, so a connection that Redis has dropped meanwhile costs no error."""
@@ -97,6 +97,13 @@ class Connection:
             self._client.connection_pool.disconnect(inuse_connections=False)
             return self._client.execute_command(*command)
 
+    def home(self, key: str) -> str | None:
+        """Return the node to which the last call about `key` went; None unless it is a cluster."""
+        if self.url.topology is not Topology.CLUSTER or self._client is None:
+            return None
+        node = self._client.get_node_from_key(key)
+        return str(node.name) if node else None
+
     def close(self) -> None:
         """Release the connections; a later call makes new ones."""
         if self._client is not None:
@@ -127,33 +134,16 @@ class AsyncConnection:
 
     async def run(self, script: Script, key: str, *args: str | bytes | int) -> Reply:
         """Return what `script` returns; all its keys share the hash tag of `key`."""
+        evaluate = self._call if self.url.topology is Topology.CLUSTER else self._call_in_line
         with reaching(self.url):
             try:
-                return await self._call("EVALSHA", script.sha, 1, key, *args)
+                return await evaluate("EVALSHA", script.sha, 1, key, *args)
             except NoScriptError:
-                return await self._call("EVAL", script.source, 1, key, *args)
+                return await evaluate("EVAL", script.source, 1, key, *args)
 
     async def _call(self, *command: str | bytes | int, **where: Any) -> Reply:  # noqa: ANN401
-        self._client = self._client or _client(_ASYNC, self.url, self._config)
-        if self.url.topology is Topology.CLUSTER:
-            return await self._call_cluster(self._client, command, where)
-        line = self._line = self._line or _line(self._client.connection_pool, self._config)
-        try:
-            return await line.call(*command)
-        except RedisError as error:
-            if not is_demoted(error):
-                raise
-            # A new connection leads to the new master, by Sentinel or by name.
-            await line.close()
-            return await line.call(*command)
-
-    async def _call_cluster(
-        self,
-        client: Any,  # noqa: ANN401 (a cluster client)
-        command: tuple[str | bytes | int, ...],
-        where: dict[str, Any],
-    ) -> Reply:
         async with self._turns:
+            client = self._client = self._client or _client(_ASYNC, self.url, self._config)
             try:
                 return await client.execute_command(*command, **where)
             except RedisClusterException:
@@ -161,6 +151,24 @@ class AsyncConnection:
                 if self._client is client:
                     await self.close()
                 raise
+            except RedisError as error:
+                if not is_demoted(error) or self.url.topology is Topology.CLUSTER:
+                    raise
+                # A new connection leads to the new master, by Sentinel or by name.
+                await client.connection_pool.disconnect(inuse_connections=False)
+                return await client.execute_command(*command, **where)
+
+    async def _call_in_line(self, *command: str | bytes | int) -> Reply:
+        """Do as `_call`, for less; not for commands whose answers redis-py reads, nor for a cluster."""
+        self._client = self._client or _client(_ASYNC, self.url, self._config)
+        line = self._line = self._line or _line(self._client.connection_pool, self._config)
+        try:
+            return await line.call(*command)
+        except RedisError as error:
+            if not is_demoted(error):
+                raise
+            await line.close()
+            return await line.call(*command)
 
     async def masters(self) -> AsyncGenerator[Master]:
         """Yield every server that takes writes: one, unless it is a cluster."""

@@ -15,6 +15,7 @@ local MOST_FENCED = 16
 
 local budget = tonumber(ARGV[1])
 local now = now_ms()
+write_though_full()
 purge(now)
 
 local num_fenced = 0
