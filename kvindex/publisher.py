@@ -34,7 +34,7 @@ _MOST_NAMED = 5
 # Skipped blocks that somebody should know of: nothing of this kind will ever be routed to.
 _ALARMING = {
     "block_size": "the engine's KV events are about blocks of another size",
-    "attention": "the engine's first KV cache group is not full attention",
+    "attention": "no KV cache group of the engine has attention over the whole prefix",
     "shape": "the engine's KV events do not carry one block of tokens for each block",
 }
 
@@ -364,7 +364,9 @@ class Publisher:
         skipped, self._state.skipped = self._state.skipped, Counter()
         for reason, num_blocks in skipped.items():
             metrics.BLOCKS_SKIPPED.labels(self._worker.worker_id, reason).inc(num_blocks)
-        for reason in skipped.keys() & _ALARMING.keys() - self._alarmed:
+        # Beside a group that is followed, a hybrid model has others.
+        usual = {"attention"} if self._state.is_following else set()
+        for reason in skipped.keys() & _ALARMING.keys() - self._alarmed - usual:
             self._alarmed.add(reason)
             self._log.error(f"{_ALARMING[reason]}: they are not indexed", block_size=self._worker.block_size)
 

@@ -157,6 +157,7 @@ def test_cached_tokens_of_a_new_request_are_found(num_cached: int):
     request = Request("a", hashes, 170)
     assert compat.cached_tokens_counter(pool, BLOCK_SIZE)(request) == num_cached * BLOCK_SIZE
     assert compat.cached_tokens_counter(pool, 2 * BLOCK_SIZE)(request) == 0
+    assert compat.cached_tokens_counter(pool, BLOCK_SIZE, 1)(request) == 0
 
 
 async def test_the_connector_registers_reports_and_leaves(config: Any, index: MemoryIndex):
