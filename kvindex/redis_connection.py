@@ -172,10 +172,14 @@ class AsyncConnection:
 
     async def masters(self) -> AsyncGenerator[Master]:
         """Yield every server that takes writes: one, unless it is a cluster."""
-        if self.url.topology is not Topology.CLUSTER:
+        await self.call("PING")  # by then it is known where they are
+        if self.url.topology is Topology.SENTINEL:
+            host, port = self._client.connection_pool.master_address
+            yield Master(f"{host}:{port}", self.call)
+            return
+        if self.url.topology is Topology.SINGLE:
             yield Master(str(self.url), self.call)
             return
-        await self.call("PING")  # by then the nodes are known
         for node in self._client.get_primaries():
             yield Master(node.name, functools.partial(self.call, target_nodes=node))
 

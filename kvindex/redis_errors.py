@@ -71,7 +71,7 @@ def _translated(error: Exception, url: RedisUrl) -> IndexUnavailable:
             return IndexRefused(f"Redis at {url}: {said}; {what_to_do}")
     if url.tls and "imeout connecting" in said:
         said += "; if it does not speak TLS on this port, write redis:// or give the port that does"
-    if url.tls and not url.tls.ssl_certfile and re.search("closed|reset|CERTIFICATE_REQUIRED", said):
+    if url.tls and not url.tls.ssl_certfile and re.search("closed|reset|lost|CERTIFICATE_REQUIRED", said):
         said += "; if it wants a client certificate, set ssl_certfile and ssl_keyfile in the URL"
     hint = next((f"; {hint}" for pattern, hint in _HINTS.items() if re.search(pattern, said)), "")
     return (IndexFull if _FULL in said else IndexUnavailable)(f"Redis at {url}: {said}{hint}")

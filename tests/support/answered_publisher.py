@@ -4,6 +4,8 @@ from collections.abc import Sequence
 from functools import reduce
 from operator import xor
 
+from prometheus_client import REGISTRY
+
 from kvindex.config import PublisherConfig, index_config
 from kvindex.errors import IndexUnavailable
 from kvindex.publisher import LoadReport, Publisher
@@ -46,6 +48,12 @@ class Published:
             self.worker, self.config, self.writer, self.source, lambda: LoadReport(Load())
         )
         self._publisher.start()
+
+    @property
+    def num_unwritten(self) -> int:
+        """How many changes the publisher keeps for the index."""
+        label = {"worker": self.worker.worker_id}
+        return int(REGISTRY.get_sample_value("kvlane_publisher_unwritten_changes", label) or 0)
 
     async def holds(self, hashes: Sequence[int]) -> bool:
         """Whether the index holds exactly this; not while it does not answer."""

@@ -114,7 +114,7 @@ class Sentinels:
         with self.replica.client() as replica, self.master.client() as master:
             replica.config_set("masteruser", "nobody")
             replica.config_set("masterauth", "wrong")
-            master.client_kill_filter(_type="replica")
+            master.client_kill_filter(_type="slave")  # its name in every redis-py
             wait_until(lambda: master.info("replication")["connected_slaves"] == 0)
 
     def wait_until_replicated(self) -> None:
@@ -144,8 +144,8 @@ def sentinels(binary: Path | None = None) -> Iterator[Sentinels]:
 
 
 def _knows_all(sentinel: redis.Redis) -> bool:
-    known = sentinel.sentinel_master(SERVICE)
-    return (known["num-slaves"], known["num-other-sentinels"]) == (1, 2)
+    known = sentinel.info("sentinel")["master0"]
+    return (known["slaves"], known["sentinels"]) == (1, 3)
 
 
 @contextmanager
