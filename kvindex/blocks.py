@@ -5,6 +5,7 @@ Pure: no I/O, no third party but the hash function.
 
 from __future__ import annotations
 
+import functools
 import struct
 from array import array
 from collections.abc import Iterable, Sequence
@@ -42,6 +43,7 @@ class Pool:
         return xxhash.xxh3_64_hexdigest(msgspec.msgpack.encode((self.scheme, self.model, self.block_size)))
 
 
+@functools.lru_cache(maxsize=1024)
 def root_hash(model: str, *, lora_name: str | None = None, cache_salt: str | None = None) -> BlockHash:
     """Return the parent of a sequence's first block.
 

@@ -31,7 +31,7 @@ from kvindex.config import IndexConfig
 from kvindex.errors import ConfigError, IndexUnavailable, SlotLost, WorkerConflict
 from kvindex.index import MAX_PROBES
 from kvindex.keys import FLEET_HEAD, LIVE_ROW, LOAD, POOLS, RESERVATION, STEP, directory, lua_names
-from kvindex.redis_line import Line
+from kvindex.redis_line import BlockingLine, Line
 from kvindex.worker import (
     Batch,
     Load,
@@ -117,12 +117,17 @@ class RedisIndexWriter:
             self._client = redis.Redis.from_url(self._url, retry=retry, **_options(config))
         except ValueError as error:
             raise _refuse_url(error) from error
-        names = ("open_slot", "apply", "heartbeat", "close_slot")
-        self._scripts = {name: self._client.register_script(_script(name).text) for name in names}
+        self._line = BlockingLine(
+            self._client.connection_pool, backoff=_backoff(config), num_retries=_RETRIES
+        )
 
     def _run(self, name: str, pool: Pool, *args: str | bytes | int) -> Any:  # noqa: ANN401 (a reply of Redis)
+        script, key = _script(name), directory(pool)
         with _reaching(self._url):
-            return self._scripts[name](keys=[directory(pool)], args=args)
+            try:
+                return self._line.call("EVALSHA", script.sha, 1, key, *args)
+            except NoScriptError:
+                return self._line.call("EVAL", script.text, 1, key, *args)
 
     def open_slot(self, worker: Worker, *, lease_ms: int, takeover: bool = False) -> int:
         """See `IndexWriter`."""
@@ -173,6 +178,7 @@ class RedisIndexWriter:
 
     def close(self) -> None:
         """See `IndexWriter`."""
+        self._line.close()
         self._client.close()
 
 
