@@ -132,7 +132,7 @@ def resync(num_blocks: int) -> list[Figure]:
 
     async def measure() -> tuple[float, list[float], list[float]]:
         async with reader_of(fleet) as reader:
-            quiet_ms = await latencies_ms(lambda: select(reader, prompt, str(next(numbers))), 1_000)
+            quiet_ms = await latencies_ms(lambda: select(reader, prompt, str(next(numbers))), num_blocks // 1_000)
             before = await _slot_of(reader)
             fleet.writer.close_slot(POOL, before, INCARNATION)
             began_s, busy_ms = time.perf_counter(), []
