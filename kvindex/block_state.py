@@ -37,8 +37,9 @@ class BlockState:
         # One of our hashes may stand for several of the engine's: a LoRA name that was given to another
         # adapter changes the engine's hash and not ours. So both sides are counted.
         self._ours: dict[EngineHash, BlockHash] = {}
-        self._engine_copies: Counter[EngineHash] = Counter()
-        self._copies: Counter[BlockHash] = Counter()
+        # Plain dicts: a Counter looks up and deletes in Python.
+        self._engine_copies: dict[EngineHash, int] = {}
+        self._copies: dict[BlockHash, int] = {}
         self._digest = 0
         self._group_idx: int | None = None
         self.skipped: Counter[str] = Counter()
@@ -87,9 +88,10 @@ class BlockState:
         for engine_hash, stored in zip(event.block_hashes, hashes, strict=True):
             # An engine's hash keeps its meaning while it has copies: removals find what stores counted.
             block = self._ours.setdefault(engine_hash, stored)
-            self._engine_copies[engine_hash] += 1
-            self._copies[block] += 1
-            if self._copies[block] == 1:
+            self._engine_copies[engine_hash] = self._engine_copies.get(engine_hash, 0) + 1
+            num_copies = self._copies.get(block, 0)
+            self._copies[block] = num_copies + 1
+            if not num_copies:
                 self._digest ^= block
                 appeared.append(block)
         return appeared
@@ -105,11 +107,13 @@ class BlockState:
             if block is None:
                 self.skipped["unknown"] += 1
                 continue
-            self._engine_copies[engine_hash] -= 1
-            if not self._engine_copies[engine_hash]:
+            if self._engine_copies[engine_hash] > 1:
+                self._engine_copies[engine_hash] -= 1
+            else:
                 del self._engine_copies[engine_hash], self._ours[engine_hash]
-            self._copies[block] -= 1
-            if not self._copies[block]:
+            if self._copies[block] > 1:
+                self._copies[block] -= 1
+            else:
                 del self._copies[block]
                 self._digest ^= block
                 vanished.append(block)

@@ -7,6 +7,7 @@ sequence and the payload last, and a sequence of -1 ends them.
 
 from __future__ import annotations
 
+import math
 import time
 from typing import Protocol
 
@@ -119,7 +120,7 @@ class ZmqEventSource:
         """Return what the subscription has, without what a replay delivered already, gaps replayed."""
         assert self._socket is not None  # noqa: S101 - open() comes first
         messages: list[tuple[int, bytes]] = []
-        timeout_ms = int(timeout_s * 1000)
+        timeout_ms = math.ceil(timeout_s * 1000)  # rounded down, the last millisecond would be spent polling
         while len(messages) < _MOST_MESSAGES_A_POLL and self._socket.poll(timeout_ms):
             timeout_ms = 0
             frames = self._socket.recv_multipart()

@@ -71,7 +71,7 @@ class Publisher:
         config: lease, heartbeat and flush times.
         writer: owned from now on; closed by `stop`.
         source: the engine's events; owned from now on, used by the thread alone.
-        load: called by the thread, at most every 100 ms; must not block.
+        load: called by the thread, every 100 ms and after each write; must not block.
         settle_older_than_ms: for a `load` that cannot name decisions, see `IndexWriter.heartbeat`.
     """
 
@@ -97,7 +97,7 @@ class Publisher:
         self._accepted: deque[str] = deque(maxlen=_MOST_ACCEPTED)
         self._reported: Load | None = None
         self._unwritten_since_s: float | None = None
-        self._look_at_s = self._beat_at_s = self._audit_at_s = self._retry_at_s = 0.0
+        self._wrote_at_s = self._looked_at_s = self._beat_at_s = self._audit_at_s = self._retry_at_s = 0.0
         self._turn = 0
         self._backoff_s = _FIRST_BACKOFF_S
         self._failing_with: type[IndexUnavailable] | None = None
@@ -105,6 +105,11 @@ class Publisher:
         self._conflict_logged = False
         self._stopping = threading.Event()
         self._thread = threading.Thread(target=self._run, name="kvlane-publisher", daemon=True)
+        self._num_stored = metrics.BLOCKS_STORED.labels(worker.worker_id)
+        self._num_removed = metrics.BLOCKS_REMOVED.labels(worker.worker_id)
+        self._num_unwritten = metrics.UNWRITTEN_CHANGES.labels(worker.worker_id)
+        self._num_indexed = metrics.INDEXED_BLOCKS.labels(worker.worker_id)
+        self._write_lag = metrics.WRITE_LAG.labels(worker.worker_id)
         self._log = _log.bind(worker=worker.worker_id, incarnation=worker.incarnation)
 
     def start(self) -> None:
@@ -151,11 +156,11 @@ class Publisher:
             case BlockStored():
                 stored = self._state.store(event)
                 self._outbox.change(stored=stored)
-                metrics.BLOCKS_STORED.labels(self._worker.worker_id).inc(len(stored))
+                self._num_stored.inc(len(stored))
             case BlockRemoved():
                 removed = self._state.remove(event)
                 self._outbox.change(removed=removed)
-                metrics.BLOCKS_REMOVED.labels(self._worker.worker_id).inc(len(removed))
+                self._num_removed.inc(len(removed))
             case AllBlocksCleared():
                 self._forget("cleared")
 
@@ -164,15 +169,20 @@ class Publisher:
         now_s = time.monotonic()
         if now_s < self._retry_at_s:
             return min(self._retry_at_s - now_s, LOAD_INTERVAL_S)
-        return max(0.0, min(self._look_at_s, self._write_at_s()) - now_s)
+        return max(0.0, min(self._look_at_s(), self._write_at_s()) - now_s)
 
     def _write_at_s(self) -> float:
-        """Return when the unwritten changes are due."""
+        """Return when the unwritten changes are due: at once, unless others were written just now."""
         if len(self._outbox) >= MAX_BATCH or self._outbox.is_repeating:
             return 0.0
         if self._unwritten_since_s is None:
             return float("inf")
-        return self._unwritten_since_s + self._config.flush_ms / 1000
+        return self._wrote_at_s + self._config.flush_ms / 1000
+
+    def _look_at_s(self) -> float:
+        """Return when the load is due: soon after blocks were written, for their prompt is no backlog now."""
+        wrote_since = self._wrote_at_s > self._looked_at_s
+        return self._looked_at_s + (self._config.flush_ms / 1000 if wrote_since else LOAD_INTERVAL_S)
 
     def _publish(self) -> None:
         """Bring the index up to date, as far as it lets us."""
@@ -222,7 +232,7 @@ class Publisher:
         self._unwritten_since_s = time.monotonic() - self._config.flush_ms / 1000 if self._outbox else None
         self._conflict_logged = False
         self._reported = None
-        self._look_at_s = 0.0
+        self._looked_at_s = 0.0
         self._log.info("registered", slot=self._slot, num_blocks=self._state.num_blocks)
 
     def _forget(self, reason: str) -> None:
@@ -256,8 +266,8 @@ class Publisher:
             except IndexFull as error:
                 return error
             self._outbox.confirm()
-            now_s = time.monotonic()
-            metrics.WRITE_LAG.labels(self._worker.worker_id).set(now_s - (self._unwritten_since_s or now_s))
+            now_s = self._wrote_at_s = time.monotonic()
+            self._write_lag.set(now_s - (self._unwritten_since_s or now_s))
             self._unwritten_since_s = now_s if self._outbox else None
             self._compare(answer)
         return None
@@ -265,9 +275,9 @@ class Publisher:
     def _report(self) -> None:
         """Send load and lease when the load has changed, and at every heartbeat."""
         now_s = time.monotonic()
-        if now_s < self._look_at_s:
+        if now_s < self._look_at_s():
             return
-        self._look_at_s = now_s + LOAD_INTERVAL_S
+        self._looked_at_s = now_s
         report = self._load()
         self._accepted += report.accepted
         if not self._accepted and report.load == self._reported and now_s < self._beat_at_s:
@@ -284,8 +294,8 @@ class Publisher:
         self._accepted.clear()
         self._reported = report.load
         self._beat_at_s = now_s + self._config.heartbeat_ms / 1000
-        metrics.UNWRITTEN_CHANGES.labels(self._worker.worker_id).set(len(self._outbox))
-        metrics.INDEXED_BLOCKS.labels(self._worker.worker_id).set(answer.num_blocks)
+        self._num_unwritten.set(len(self._outbox))
+        self._num_indexed.set(answer.num_blocks)
         self._compare(answer)
 
     @property
@@ -353,7 +363,7 @@ class Publisher:
                 "the index does not do as asked; keeping the state and trying on", reason=str(error)
             )
         self._failing_with = type(error)
-        self._reported, self._look_at_s = None, 0.0  # the next try asks the index for certain
+        self._reported, self._looked_at_s = None, 0.0  # the next try asks the index for certain
         # Jitter, so that a fleet does not return to a restarted Redis in step.
         self._retry_at_s = time.monotonic() + self._backoff_s * random.uniform(0.5, 1.0)  # noqa: S311
         # Half a lease, since one that is only full keeps the lease at each try.

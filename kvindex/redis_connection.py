@@ -27,7 +27,7 @@ from redis.retry import Retry
 
 from kvindex.config import IndexConfig
 from kvindex.redis_errors import is_demoted, reaching
-from kvindex.redis_line import Line
+from kvindex.redis_line import BlockingLine, Line
 from kvindex.redis_url import RedisUrl, Topology, parse_redis_url
 
 _MAX_CONNECTIONS = 32
@@ -68,6 +68,7 @@ class Connection:
         self._config = config
         self.url = parse_redis_url(config.redis_url)
         self._client: Any = None
+        self._line: BlockingLine | None = None
 
     def call(self, *command: str | bytes | int) -> Reply:
         """Return the answer to one command."""
@@ -76,11 +77,12 @@ class Connection:
 
     def run(self, script: Script, key: str, *args: str | bytes | int) -> Reply:
         """Return what `script` returns; all its keys share the hash tag of `key`."""
+        evaluate = self._call if self.url.topology is Topology.CLUSTER else self._call_in_line
         with reaching(self.url):
             try:
-                return self._call("EVALSHA", script.sha, 1, key, *args)
+                return evaluate("EVALSHA", script.sha, 1, key, *args)
             except NoScriptError:
-                return self._call("EVAL", script.source, 1, key, *args)
+                return evaluate("EVAL", script.source, 1, key, *args)
 
     def _call(self, *command: str | bytes | int) -> Reply:
         try:
@@ -97,6 +99,18 @@ class Connection:
             self._client.connection_pool.disconnect(inuse_connections=False)
             return self._client.execute_command(*command)
 
+    def _call_in_line(self, *command: str | bytes | int) -> Reply:
+        """Do as `_call`, for less; not for commands whose answers redis-py reads, nor for a cluster."""
+        self._client = self._client or _client(_BLOCKING, self.url, self._config)
+        line = self._line = self._line or _blocking_line(self._client.connection_pool, self._config)
+        try:
+            return line.call(*command)
+        except RedisError as error:
+            if not is_demoted(error):
+                raise
+            line.close()
+            return line.call(*command)
+
     def home(self, key: str) -> str | None:
         """Return the node to which the last call about `key` went; None unless it is a cluster."""
         if self.url.topology is not Topology.CLUSTER or self._client is None:
@@ -106,6 +120,9 @@ class Connection:
 
     def close(self) -> None:
         """Release the connections; a later call makes new ones."""
+        if self._line is not None:
+            self._line.close()
+            self._line = None
         if self._client is not None:
             self._client.close()
             self._client = None
@@ -239,6 +256,10 @@ def _client(library: _Library, url: RedisUrl, config: IndexConfig) -> Any:  # no
         return library.client(unix_socket_path=url.socket_path, db=url.db, **ours)
     ((host, port),) = url.nodes
     return library.client(host=host, port=port, db=url.db, **ours)
+
+
+def _blocking_line(pool: redis.ConnectionPool, config: IndexConfig) -> BlockingLine:
+    return BlockingLine(pool, backoff=_backoff(config), num_retries=_RETRIES)
 
 
 def _line(pool: redis.asyncio.ConnectionPool, config: IndexConfig) -> Line:

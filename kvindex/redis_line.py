@@ -1,22 +1,78 @@
-"""One connection to Redis that all calls of an event loop share.
+"""One connection to Redis for all calls of an event loop, or of a thread.
 
-A client of redis-py takes a connection from its pool for every call, and times every read and write
-with a task or a context of its own: 150 us a call. Redis answers the calls of one connection in their
-order, so one connection is enough, and many calls at once cost fewer system calls on both ends.
+A client of redis-py takes a connection from its pool for every call, and the asynchronous one times every
+read and write with a task or a context of its own: that is most of what a call costs. Redis answers the
+calls of one connection in their order, so one connection is enough, and many calls at once cost fewer
+system calls on both ends.
 """
 
 from __future__ import annotations
 
 import asyncio
 import contextlib
+import time
 from collections import deque
 from typing import Any
 
+import redis.connection
 from redis.asyncio.connection import AbstractConnection, ConnectionPool
 from redis.backoff import AbstractBackoff
 from redis.exceptions import ConnectionError as RedisConnectionError
 from redis.exceptions import ResponseError
 from redis.exceptions import TimeoutError as RedisTimeoutError
+
+Command = tuple[str | bytes | int, ...]
+
+
+class BlockingLine:
+    """Makes calls that may be repeated, from one thread; connects on first use.
+
+    Args:
+        pool: makes the connection, with whatever that needs, timeouts as well.
+        backoff: how long to wait before each repetition of a call whose connection broke.
+        num_retries: how often such a call is repeated.
+    """
+
+    def __init__(
+        self, pool: redis.connection.ConnectionPool, *, backoff: AbstractBackoff, num_retries: int
+    ) -> None:
+        self._pool = pool
+        self._backoff = backoff
+        self._num_retries = num_retries
+        self._connection: Any = None
+
+    def call(self, *command: str | bytes | int) -> Any:  # noqa: ANN401 (a reply of Redis)
+        """Return the answer to one command.
+
+        Raises:
+            RedisError: what redis-py raises for the same.
+        """
+        num_failures = 0
+        while True:
+            try:
+                return self._ask(command)
+            except RedisConnectionError:
+                num_failures += 1
+                if num_failures > self._num_retries:
+                    raise
+                time.sleep(self._backoff.compute(num_failures))
+
+    def close(self) -> None:
+        """Give the connection back to the pool; a later call makes a new one."""
+        connection, self._connection = self._connection, None
+        if connection is not None:
+            connection.disconnect()
+            self._pool.release(connection)
+
+    def _ask(self, command: Command) -> Any:  # noqa: ANN401 (a reply of Redis)
+        if self._connection is None:
+            self._connection = self._pool.get_connection()
+        try:
+            self._connection.send_command(*command)
+            return self._connection.read_response()
+        except (RedisConnectionError, RedisTimeoutError):
+            self.close()
+            raise
 
 
 class Line:
@@ -88,7 +144,7 @@ class _Link:
         self.is_open = True
         self._reading = asyncio.create_task(self._read())
 
-    async def ask(self, command: tuple[str | bytes | int, ...]) -> Any:  # noqa: ANN401 (a reply of Redis)
+    async def ask(self, command: Command) -> Any:  # noqa: ANN401 (a reply of Redis)
         packed = self._connection.pack_command(*command)
         answer = self._loop.create_future()
         timer = self._loop.call_later(self._timeout_s, self._expire, answer)

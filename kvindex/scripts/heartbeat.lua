@@ -25,6 +25,6 @@ if settle_older_than_ms >= 0 then
 end
 purge(now)
 
-local _, _, epoch, tokens, requests = unpack_from(LIVE_HEAD, read_row(slot))
-write_row(slot, pack(LIVE_HEAD, now + lease_ms, lease_ms, epoch, tokens, requests) .. load)
+redis.call('SETRANGE', LIVE, slot * ROW_BYTES, pack('<dI4', now + lease_ms, lease_ms))
+redis.call('SETRANGE', LIVE, slot * ROW_BYTES + LOAD_AT - 1, load)
 return {tonumber(state[3]), state[4]}

@@ -13,14 +13,15 @@ local band, bor, bnot, bxor, lshift = bit.band, bit.bor, bit.bnot, bit.bxor, bit
 local floor = math.floor
 local pack, unpack_from = struct.pack, struct.unpack
 
-local ENTRIES_PER_BUCKET = 64
+local ENTRIES_PER_BUCKET = 32
 local PURGED_PER_CALL = 500
 local MAX_SLOT = 65535
 local WORD = 4294967296
 local HASH_BYTES = 8
 
--- Layout of LIVE_ROW in keys.py: its size, where its load begins, and what is before that.
+-- Layout of LIVE_ROW in keys.py: its size, where its charge and its load begin, what is before the load.
 local ROW_BYTES = 48
+local CHARGE_AT = 17
 local LOAD_AT = 25
 local LIVE_HEAD = '<dI4I4I4I4'
 local NO_ROW = string.rep('\0', ROW_BYTES)
@@ -188,9 +189,9 @@ end
 
 -- Adds to what `slot` is charged.
 local function charge(slot, row, tokens, requests)
-  local expires, lease, epoch, had_tokens, had_requests = unpack_from(LIVE_HEAD, row)
-  local head = pack(LIVE_HEAD, expires, lease, epoch, had_tokens + tokens, had_requests + requests)
-  write_row(slot, head .. row:sub(LOAD_AT))
+  local had_tokens, had_requests = unpack_from('<I4I4', row, CHARGE_AT)
+  local charged = pack('<I4I4', had_tokens + tokens, had_requests + requests)
+  redis.call('SETRANGE', LIVE, slot * ROW_BYTES + CHARGE_AT - 1, charged)
 end
 
 -- Takes a reservation back, once; false if there is none. The charge of a slot that has changed hands

@@ -22,7 +22,7 @@ from hypothesis.stateful import RuleBasedStateMachine, initialize, rule, run_sta
 from kvindex.config import IndexConfig
 from kvindex.errors import SlotLost
 from kvindex.index import IndexReader, IndexWriter
-from kvindex.keys import LIVE_ROW, bucket_key, directory, live_key
+from kvindex.keys import LIVE_ROW, bucket_key, directory
 from kvindex.memory_index import MemoryIndex, MemoryIndexReader, MemoryIndexWriter
 from kvindex.outbox import Outbox
 from kvindex.redis_index import RedisIndexReader, RedisIndexWriter
@@ -108,8 +108,8 @@ class InRedis(Backend):
 
     def expire(self, slot: int) -> None:
         at = slot * LIVE_ROW.size
-        if any(self.client.getrange(live_key(POOL), at, at + 7)):
-            self.client.setrange(live_key(POOL), at, struct.pack("<d", 1))
+        if any(self.client.getrange(f"{directory(POOL)}:live", at, at + 7)):
+            self.client.setrange(f"{directory(POOL)}:live", at, struct.pack("<d", 1))
 
     def lose(self, slot: int, block: int) -> None:
         for key in self.client.scan_iter(match=directory(POOL) + ":b:*", count=1_000):

@@ -76,18 +76,28 @@ class FaultyWriter(MemoryIndexWriter):
 class Bench:
     """One publisher with everything around it."""
 
-    def __init__(self, index: MemoryIndex | None = None, worker: Worker | None = None) -> None:
+    def __init__(
+        self,
+        index: MemoryIndex | None = None,
+        worker: Worker | None = None,
+        config: PublisherConfig = CONFIG,
+    ) -> None:
         self.index = index or MemoryIndex()
         self.worker = worker or make_worker()
         self.writer = FaultyWriter(self.index)
         self.source = ScriptedSource()
         self.load = LoadReport(Load())
-        self.publisher = Publisher(self.worker, CONFIG, self.writer, self.source, lambda: self.load)
+        self.publisher = Publisher(self.worker, config, self.writer, self.source, lambda: self.load)
 
     async def registered(self) -> RegisteredWorker | None:
         _, workers = await MemoryIndexReader(self.index).workers(self.worker.pool)
         ours = [w for w in workers if w.worker.incarnation == self.worker.incarnation]
         return ours[0] if ours else None
+
+    async def reports(self, load: Load) -> bool:
+        """Return whether the index knows this load."""
+        found = await self.registered()
+        return found is not None and found.load == load
 
     async def holds(self, hashes: Sequence[int]) -> bool:
         """Return whether the live slot holds exactly these blocks."""
@@ -125,6 +135,22 @@ async def test_load_is_reported_when_it_changes_and_decisions_are_accepted_once(
     found = await bench.registered()
     assert found is not None
     assert found.load == busy
+
+
+async def test_a_load_report_follows_the_blocks_that_were_written(monkeypatch: pytest.MonkeyPatch):
+    """Or the next turn of a conversation would be routed around a backlog that is gone."""
+    monkeypatch.setattr("kvindex.publisher.LOAD_INTERVAL_S", 3_600)
+    bench = Bench(config=PublisherConfig(lease_ms=600_000, flush_ms=1))
+    busy = Load(running_requests=1, waiting_prefill_tokens=300)
+    bench.load = LoadReport(busy)
+    bench.publisher.start()
+    await eventually(lambda: bench.reports(busy))
+    for number in range(3):
+        after = Load(running_requests=1, running_tokens=300 + number)
+        bench.load = LoadReport(after)
+        bench.source.put(prompt(number, 5)[0])
+        await eventually(lambda expected=after: bench.reports(expected))
+    bench.publisher.stop()
 
 
 async def test_the_lease_is_renewed_while_nothing_happens(bench: Bench):

@@ -142,8 +142,8 @@ def test_buckets_stay_small_and_compact_while_they_split(writer, client, num_hol
     sizes = [client.hlen(key) for key in buckets(client)]
     assert sum(sizes) == len(hashes) == int(client.hget(directory(POOL), "entries"))
     assert len(sizes) == int(client.hget(directory(POOL), "buckets"))
-    assert len(hashes) / len(sizes) <= 66
-    assert max(sizes) < 256
+    assert len(hashes) / len(sizes) <= 34
+    assert max(sizes) < 128
     assert {client.object("encoding", key).decode() for key in buckets(client)} <= set(COMPACT)
 
 
@@ -173,7 +173,7 @@ async def test_sweeping_returns_the_memory_and_keeps_what_lives(writer, reader, 
     assert int(client.hget(directory(POOL), "entries")) == len(kept)
     assert sum(client.hlen(key) for key in buckets(client)) == len(kept)
     assert (await reader.match(POOL, shared)).overlap_blocks == {1: len(shared)}
-    while int(client.hget(directory(POOL), "buckets")) > len(kept) / 16:
+    while int(client.hget(directory(POOL), "buckets")) > len(kept) / 8:
         before = int(client.hget(directory(POOL), "buckets"))
         await reader.sweep(POOL, max_buckets=8)
         assert int(client.hget(directory(POOL), "buckets")) < before
