@@ -27,6 +27,8 @@ from kvindex.worker import (
     WorkerState,
 )
 
+_BUCKET_BLOCKS = 64
+
 
 @dataclass(eq=False)
 class _Slot:
@@ -267,17 +269,18 @@ class MemoryIndexReader:
         return [slot.number for slot in self._index.live(pool) if block in slot.blocks]
 
     async def entries(self, pool: Pool, *, first_bucket: int = 0, max_buckets: int = 64) -> Entries:
-        """See `IndexReader`. A block stands for a bucket here."""
+        """See `IndexReader`. A bucket is `_BUCKET_BLOCKS` blocks in a row of all, in order."""
         live = self._index.live(pool)
         blocks = sorted({block for slot in live for block in slot.blocks})
+        num_buckets = -(-len(blocks) // _BUCKET_BLOCKS)
         stop = first_bucket + max_buckets
         return Entries(
             holders={
                 BlockHash(block): tuple(slot.number for slot in live if block in slot.blocks)
-                for block in blocks[first_bucket:stop]
+                for block in blocks[first_bucket * _BUCKET_BLOCKS : stop * _BUCKET_BLOCKS]
             },
-            next_bucket=stop if stop < len(blocks) else None,
-            num_buckets=len(blocks),
+            next_bucket=stop if stop < num_buckets else None,
+            num_buckets=num_buckets,
         )
 
     async def sweep(self, pool: Pool, *, max_buckets: int) -> int:
