@@ -79,9 +79,9 @@ class PromptReader:
         if all(isinstance(given, list) for given in parsed.inputs):
             return self._hashing(given_prompts(parsed, model))
         tokenizer = await self._tokenizers.get(model)
-        draft = partial(draft_prompts, parsed, model, tokenizer, trusts_templates=self._trusts_templates)
+        rendering = partial(draft_prompts, parsed, model, tokenizer, trusts_templates=self._trusts_templates)
         runs_program = self._trusts_templates and brings_template(parsed)
-        drafts = await self._do(draft, in_thread=len(body) > LONG_BODY_BYTES or runs_program)
+        drafts = await self._do(rendering, in_thread=runs_program or len(body) > LONG_BODY_BYTES)
         texts = [draft.text for draft in drafts]
         num_new_bytes = sum(text.num_new_bytes for text in texts)
         await self._do(partial(tokenizer.encode, texts), in_thread=num_new_bytes > self._inline_bytes)

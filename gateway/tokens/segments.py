@@ -21,6 +21,9 @@ if TYPE_CHECKING:
 
 TOKEN_BYTES = array("I").itemsize
 
+SHARED_CHARS = 8_192
+"""More text than this is shared among the cores; less is done sooner by one alone."""
+
 
 @dataclass(slots=True)
 class Segments:
@@ -95,9 +98,10 @@ class SegmentEncoder:
         return segments
 
     def encode(self, batch: Sequence[Segments]) -> None:
-        """Encode what is new in all of `batch`, in one call that frees the GIL.
+        """Encode what is new in all of `batch`.
 
-        Blocking: 1 MB of new text takes about half a second, divided by the cores if it has many segments.
+        Blocking, without the GIL: 1 MB of new text takes about half a second, less if several cores can
+        share its segments.
         """
         for segments in batch:
             metrics.TOKEN_CACHE_HITS.inc(_num_tokens(segments.tokens))
@@ -108,11 +112,7 @@ class SegmentEncoder:
             if tokens is None
         }
         if new:
-            # Unlike encode, the batch call frees the GIL; "fast" leaves out offsets, which nobody reads.
-            encodings = self._tokenizer.encode_batch_fast(
-                [text.decode() for text in new.values()], add_special_tokens=False
-            )
-            packed = [array("I", encoding.ids).tobytes() for encoding in encodings]
+            packed = self._encoded([text.decode() for text in new.values()])
             metrics.TOKEN_CACHE_MISSES.inc(_num_tokens(packed))
             found = dict(zip(new, packed, strict=True))
             self._cache.put(found)
@@ -126,6 +126,15 @@ class SegmentEncoder:
                 segments.num_border_tokens = self._count(
                     segments.texts[segments.num_counted], segments.num_border_bytes
                 )
+
+    def _encoded(self, texts: list[str]) -> list[bytes]:
+        is_shared = sum(map(len, texts)) > SHARED_CHARS
+        return [
+            array("I", encoding.ids).tobytes()
+            for batch in ([texts] if is_shared else [[text] for text in texts])
+            # Unlike encode, the batch call frees the GIL; "fast" leaves out offsets, which nobody reads.
+            for encoding in self._tokenizer.encode_batch_fast(batch, add_special_tokens=False)
+        ]
 
     def _count(self, text: bytes, num_bytes: int) -> int:
         """Return how many tokens of `text` end within its first `num_bytes`."""

@@ -8,7 +8,7 @@ from transformers import AutoTokenizer
 from gateway import metrics
 from gateway.tokens.cache import ByteCache
 from gateway.tokens.cuts import MIN_SEGMENT_BYTES, find_cuts
-from gateway.tokens.segments import SegmentEncoder, Segments
+from gateway.tokens.segments import SHARED_CHARS, SegmentEncoder, Segments
 from tests.support.vllm_engine import tiny_model
 
 
@@ -18,6 +18,9 @@ class Recording:
     def __init__(self, tokenizer):
         self.tokenizer = tokenizer
         self.batches = []
+
+    def text(self):
+        return "".join(text for batch in self.batches for text in batch)
 
     def encode_batch_fast(self, texts, **how):
         self.batches.append(texts)
@@ -70,8 +73,7 @@ def test_only_the_new_turn_is_tokenised(encoder, recording, tokenizer):
     more = turn("assistant", "wörld 🎉 " * 100) + "<|im_start|>user\n"
     (second,) = encoded(encoder, text + more)
     assert ids(second) == tokens_of(tokenizer, text + more)
-    ((*new,),) = recording.batches
-    assert len("".join(new)) <= len(more) + MIN_SEGMENT_BYTES
+    assert len(recording.text()) <= len(more) + MIN_SEGMENT_BYTES
 
 
 def test_an_edit_leaves_what_follows_known(encoder, recording):
@@ -81,17 +83,23 @@ def test_an_edit_leaves_what_follows_known(encoder, recording):
     turns[3] = turn("user", "another question " * 40)
     del turns[10]
     encoded(encoder, "".join(turns))
-    ((*new,),) = recording.batches
-    assert len("".join(new)) <= len(turns[3]) + 2 * MIN_SEGMENT_BYTES
+    assert len(recording.text()) <= len(turns[3]) + 2 * MIN_SEGMENT_BYTES
 
 
-def test_a_batch_is_encoded_in_one_call_and_each_text_once(encoder, recording, tokenizer):
-    texts = ["a", "b" * 1_000, "a", ""]
+def test_much_text_is_encoded_in_one_call_and_each_segment_once(encoder, recording, tokenizer):
+    texts = ["a", "b " * SHARED_CHARS, "a", ""]
     batch = encoded(encoder, *texts)
     assert [ids(segments) for segments in batch] == [tokens_of(tokenizer, text) for text in texts]
-    assert recording.batches == [["a", "b" * 1_000, ""]]
+    assert recording.batches == [["a", "b " * SHARED_CHARS, ""]]
     encoded(encoder, *texts)
     assert len(recording.batches) == 1
+
+
+def test_little_text_is_not_shared_among_cores(encoder, recording, tokenizer):
+    texts = ["a", "b", "a"]
+    batch = encoded(encoder, *texts)
+    assert [ids(segments) for segments in batch] == [tokens_of(tokenizer, text) for text in texts]
+    assert recording.batches == [["a"], ["b"]]
 
 
 def test_new_text_is_counted_in_bytes(encoder):

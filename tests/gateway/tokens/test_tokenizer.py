@@ -8,6 +8,7 @@ import shutil
 from concurrent.futures import ThreadPoolExecutor
 
 import pytest
+from tokenizers import AddedToken
 from tokenizers.processors import TemplateProcessing
 from transformers import AutoTokenizer
 
@@ -89,6 +90,20 @@ def test_tokens_up_to_a_character_are_counted(with_bos, known):
     assert list(prompt.tokens) == encode(tokenizer, text, add_special_tokens=True)
     before = [0, *encode(tokenizer, text[:num_chars], add_special_tokens=False)] if known else []
     assert list(prompt.tokens[: prompt.num_comparable_tokens]) == before
+
+
+def test_a_tokenizer_that_forbids_cuts_gets_whole_texts(tmp_path):
+    own = AutoTokenizer.from_pretrained(tiny_model())
+    own.add_tokens([AddedToken(name, special=True, lstrip=True) for name in ("<|im_start|>", "<|im_end|>")])
+    own.save_pretrained(tmp_path)
+    text = "<|im_start|>user\nhello   <|im_end|>\n" * 20
+    reference = AutoTokenizer.from_pretrained(tmp_path)
+    expected = reference.encode(text, add_special_tokens=False)
+    assert expected != AutoTokenizer.from_pretrained(tiny_model()).encode(text, add_special_tokens=False)
+    tokenizer = served(tmp_path)
+    assert encode(tokenizer, text, add_special_tokens=False) == expected
+    assert len(tokenizer.split(text).texts) == 1
+    assert len(served(tiny_model()).split(text).texts) > 1
 
 
 def test_a_tokenizer_that_puts_tokens_into_texts_is_left_to_the_engine(tmp_path):
