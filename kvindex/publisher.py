@@ -101,7 +101,7 @@ class Publisher:
         self._turn = 0
         self._backoff_s = _FIRST_BACKOFF_S
         self._alarmed: set[str] = set()
-        self._conflict_logged = False
+        self._num_conflicts = 0
         self._stopping = threading.Event()
         self._thread = threading.Thread(target=self._run, name="kvlane-publisher", daemon=True)
         self._log = _log.bind(worker=worker.worker_id, incarnation=worker.incarnation)
@@ -184,13 +184,15 @@ class Publisher:
         except IndexUnavailable as error:
             self._back_off(error)
         except WorkerConflict as error:
-            if not self._conflict_logged:
+            self._num_conflicts += 1
+            if self._num_conflicts == 1:
+                self._log.info("waiting for the lease of the process before to end", holder=str(error))
+            elif self._num_conflicts == 2:
                 self._log.error(
                     "another live process publishes under this endpoint; waiting for its lease to end. "
                     "If both are meant to run, give each its own endpoint (kvlane.endpoint).",
                     holder=str(error),
                 )
-            self._conflict_logged = True
             self._retry_at_s = time.monotonic() + self._config.lease_ms / 1000
         except _Drifted as error:
             self._log.warning(
@@ -215,7 +217,7 @@ class Publisher:
         self._slot = self._writer.open_slot(self._worker, lease_ms=self._config.lease_ms)
         self._outbox = Outbox(self._state.hashes)
         self._unwritten_since_s = time.monotonic() if self._outbox else None
-        self._conflict_logged = False
+        self._num_conflicts = 0
         self._reported = None
         self._look_at_s = 0.0
         self._log.info("registered", slot=self._slot, num_blocks=self._state.num_blocks)
