@@ -102,7 +102,7 @@ class Publisher:
         self._backoff_s = _FIRST_BACKOFF_S
         self._failing_with: type[IndexUnavailable] | None = None
         self._alarmed: set[str] = set()
-        self._conflict_logged = False
+        self._num_conflicts = 0
         self._stopping = threading.Event()
         self._thread = threading.Thread(target=self._run, name="kvlane-publisher", daemon=True)
         self._num_stored = metrics.BLOCKS_STORED.labels(worker.worker_id)
@@ -197,13 +197,15 @@ class Publisher:
         except IndexUnavailable as error:
             self._back_off(error)
         except WorkerConflict as error:
-            if not self._conflict_logged:
+            self._num_conflicts += 1
+            if self._num_conflicts == 1:
+                self._log.info("waiting for the lease of the process before to end", holder=str(error))
+            elif self._num_conflicts == 2:
                 self._log.error(
                     "another live process publishes under this endpoint; waiting for its lease to end. "
                     "If both are meant to run, give each its own endpoint (kvlane.endpoint).",
                     holder=str(error),
                 )
-            self._conflict_logged = True
             self._retry_at_s = time.monotonic() + self._config.lease_ms / 1000
         except _Drifted as error:
             self._log.warning(
@@ -230,7 +232,7 @@ class Publisher:
         self._outbox = Outbox(self._state.hashes)
         # Due at once: a state that was known before has nothing to wait for.
         self._unwritten_since_s = time.monotonic() - self._config.flush_ms / 1000 if self._outbox else None
-        self._conflict_logged = False
+        self._num_conflicts = 0
         self._reported = None
         self._looked_at_s = 0.0
         self._log.info("registered", slot=self._slot, num_blocks=self._state.num_blocks)
