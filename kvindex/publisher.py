@@ -248,7 +248,8 @@ class Publisher:
     def _start_over(self, reason: str) -> None:
         """Give up the slot; the whole state goes into a fresh one."""
         self._slot = None
-        self._outbox = Outbox(self._state.hashes)
+        self._outbox = Outbox()
+        self._looked_at_s = 0.0
         metrics.RESYNCS.labels(self._worker.worker_id, reason).inc()
 
     def _write(self) -> IndexFull | None:

@@ -18,7 +18,7 @@ import redis.connection
 from redis.asyncio.connection import AbstractConnection, ConnectionPool
 from redis.backoff import AbstractBackoff
 from redis.exceptions import ConnectionError as RedisConnectionError
-from redis.exceptions import ResponseError
+from redis.exceptions import RedisError, ResponseError
 from redis.exceptions import TimeoutError as RedisTimeoutError
 
 Command = tuple[str | bytes | int, ...]
@@ -30,7 +30,7 @@ class BlockingLine:
     Args:
         pool: makes the connection, with whatever that needs, timeouts as well.
         backoff: how long to wait before each repetition of a call whose connection broke.
-        num_retries: how often such a call is repeated.
+        num_retries: how often such a call is repeated; connecting has retries of its own.
     """
 
     def __init__(
@@ -49,9 +49,16 @@ class BlockingLine:
         """
         num_failures = 0
         while True:
+            if self._connection is None:
+                self._connection = self._pool.get_connection()
             try:
-                return self._ask(command)
+                self._connection.send_command(*command)
+                return self._connection.read_response()
+            except RedisTimeoutError:
+                self.close()
+                raise
             except RedisConnectionError:
+                self.close()
                 num_failures += 1
                 if num_failures > self._num_retries:
                     raise
@@ -64,16 +71,6 @@ class BlockingLine:
             connection.disconnect()
             self._pool.release(connection)
 
-    def _ask(self, command: Command) -> Any:  # noqa: ANN401 (a reply of Redis)
-        if self._connection is None:
-            self._connection = self._pool.get_connection()
-        try:
-            self._connection.send_command(*command)
-            return self._connection.read_response()
-        except (RedisConnectionError, RedisTimeoutError):
-            self.close()
-            raise
-
 
 class Line:
     """Makes calls that may be repeated, each in one round trip; connects on first use.
@@ -82,7 +79,7 @@ class Line:
         pool: makes the connection, with whatever that needs.
         timeout_s: longest wait for one answer.
         backoff: how long to wait before each repetition of a call whose connection broke.
-        num_retries: how often such a call is repeated.
+        num_retries: how often such a call is repeated; connecting has retries of its own.
     """
 
     def __init__(
@@ -92,7 +89,7 @@ class Line:
         self._timeout_s = timeout_s
         self._backoff = backoff
         self._num_retries = num_retries
-        self._connecting = asyncio.Lock()
+        self._opening: asyncio.Task[_Link] | None = None
         self._link: _Link | None = None
 
     async def call(self, *command: str | bytes | int) -> Any:  # noqa: ANN401 (a reply of Redis)
@@ -105,8 +102,9 @@ class Line:
         """
         num_failures = 0
         while True:
+            link = await self._open()
             try:
-                return await (await self._open()).ask(command)
+                return await link.ask(command)
             except RedisConnectionError:
                 num_failures += 1
                 if num_failures > self._num_retries:
@@ -122,11 +120,22 @@ class Line:
     async def _open(self) -> _Link:
         if self._link is not None and self._link.is_open:
             return self._link
-        async with self._connecting:
-            if self._link is None or not self._link.is_open:
-                connection = await self._pool.get_connection()  # type: ignore[no-untyped-call]
-                self._link = _Link(self._pool, connection, self._timeout_s)
-            return self._link
+        # One attempt for all who wait, whoever of them goes away meanwhile.
+        if self._opening is None or self._opening.done():
+            self._opening = asyncio.create_task(self._connect())
+            self._opening.add_done_callback(_retrieve)
+        self._link = await asyncio.shield(self._opening)
+        return self._link
+
+    async def _connect(self) -> _Link:
+        connection = await self._pool.get_connection()  # type: ignore[no-untyped-call]
+        return _Link(self._pool, connection, self._timeout_s)
+
+
+def _retrieve(task: asyncio.Task[_Link]) -> None:
+    """Take note of a failure that nobody is left to hear of."""
+    if not task.cancelled():
+        task.exception()
 
 
 class _Link:
@@ -174,7 +183,7 @@ class _Link:
         try:
             while True:
                 await self._read_one()
-        except RedisConnectionError as error:
+        except RedisError as error:
             broken = error
         finally:
             self.is_open = False

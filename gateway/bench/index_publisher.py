@@ -6,7 +6,7 @@ import asyncio
 import multiprocessing
 import threading
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Awaitable, Callable, Iterator, Sequence
 from contextlib import ExitStack
 from itertools import count
 
@@ -130,6 +130,9 @@ def resync(num_blocks: int) -> list[Figure]:
     """A worker's slot is lost, and its publisher sends all it knows while others go on."""
     prompt, numbers = the_prompt(), count()
 
+    def select_one(reader: RedisIndexReader) -> Callable[[], Awaitable[None]]:
+        return lambda: select(reader, prompt, str(next(numbers)))
+
     async def measure() -> tuple[float, list[float], list[float]]:
         async with reader_of(fleet) as reader:
             quiet_ms = await latencies_ms(
@@ -139,7 +142,7 @@ def resync(num_blocks: int) -> list[Figure]:
             fleet.writer.close_slot(POOL, before, INCARNATION)
             began_s, busy_ms = time.perf_counter(), []
             while await _num_held(reader) < num_blocks:
-                busy_ms += await latencies_ms(lambda: select(reader, prompt, str(next(numbers))), 50)
+                busy_ms += await latencies_ms(select_one(reader), 50)
             return time.perf_counter() - began_s, quiet_ms, busy_ms
 
     with (

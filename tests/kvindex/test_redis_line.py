@@ -87,3 +87,23 @@ async def test_a_closed_line_opens_again(line):
     await line.call("PING")
     await line.close()
     assert await line.call("ECHO", "a") == b"a"
+
+
+async def test_all_who_wait_share_one_attempt_to_connect():
+    """Or a dead Redis would cost the last of many callers the timeouts of all before it."""
+    num_attempts = 0
+
+    class Pool(redis.asyncio.ConnectionPool):
+        async def get_connection(self, *args, **kwargs):
+            nonlocal num_attempts
+            num_attempts += 1
+            await asyncio.sleep(0.01)
+            raise redis.ConnectionError("nobody there")
+
+    line = Line(Pool(), timeout_s=1, backoff=NoBackoff(), num_retries=2)
+    calls = [asyncio.create_task(line.call("PING")) for _ in range(10)]
+    await asyncio.sleep(0)
+    calls[0].cancel()
+    answers = await asyncio.gather(*calls, return_exceptions=True)
+    assert [type(answer) for answer in answers] == [asyncio.CancelledError, *[redis.ConnectionError] * 9]
+    assert num_attempts == 1
