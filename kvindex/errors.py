@@ -6,6 +6,7 @@ KvlaneError
 |- EngineUnavailable      an engine's API does not answer, or not as vLLM does
 `- KvIndexError
    |- IndexUnavailable    Redis cannot be reached or cannot answer; the call may be tried again
+   |  `- IndexRefused     also a ConfigError: it will go on refusing until somebody changes a setting
    |- SlotLost            the slot is not ours any more: open a fresh one and resend the state
    |- WorkerConflict      a live worker already publishes under this name
    |- MalformedEvent      an engine's KV event cannot be read
@@ -37,6 +38,14 @@ class KvIndexError(KvlaneError):
 
 class IndexUnavailable(KvIndexError):
     """Redis cannot be reached or refuses to answer for now; nothing is known to have changed."""
+
+
+class IndexRefused(IndexUnavailable, ConfigError):
+    """Redis refuses us: a wrong password, a missing right, the wrong kind of server.
+
+    At the start of a process that is a wrong setting. In a running one it is an outage like any other,
+    which ends when the setting has been corrected, here or in Redis.
+    """
 
 
 class SlotLost(KvIndexError):

@@ -1,31 +1,25 @@
 """The index in Redis: one Lua script for each operation, so that each is atomic and one round trip.
 
 Works on Redis 6.2 and later and on Valkey. The layout is described in `kvindex/keys.py`, the
-algorithms in `kvindex/scripts/`.
+algorithms in `kvindex/scripts/`, how the servers are reached in `kvindex/redis_connection.py`.
 """
 
 from __future__ import annotations
 
+import asyncio
 import functools
 import importlib.resources
 from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
 from typing import Any, NamedTuple
-from urllib.parse import urlsplit
 
 import msgspec
-import redis.asyncio
-from redis.asyncio.retry import Retry as AsyncRetry
-from redis.backoff import ExponentialBackoff
-from redis.exceptions import ConnectionError as RedisConnectionError
-from redis.exceptions import RedisError
-from redis.retry import Retry
 
 from kvindex.blocks import HASH_BYTES, BlockHash, Pool, pack_hashes
 from kvindex.config import IndexConfig
-from kvindex.errors import ConfigError, IndexUnavailable, SlotLost, WorkerConflict
+from kvindex.errors import SlotLost, WorkerConflict
 from kvindex.index import MAX_PROBES
 from kvindex.keys import FLEET_HEAD, GROUP, LIVE_ROW, LOAD, POOLS, RESERVATION, directory, lua_names
+from kvindex.redis_connection import AsyncConnection, Connection, Reply, Script
 from kvindex.worker import (
     Batch,
     Load,
@@ -37,71 +31,30 @@ from kvindex.worker import (
     WorkerState,
 )
 
-_MAX_CONNECTIONS = 32
-"""Of one reader; more calls at once wait for their turn, as they would in Redis itself."""
-
-_RETRIES = 2
-"""Every call may be repeated, so a connection that Redis has dropped meanwhile costs no error."""
-
 
 @functools.cache
-def _script(name: str) -> str:
+def _script(name: str) -> Script:
     folder = importlib.resources.files("kvindex") / "scripts"
-    return lua_names() + (folder / "prelude.lua").read_text() + (folder / f"{name}.lua").read_text()
-
-
-@contextmanager
-def _reaching(url: str) -> Iterator[None]:
-    try:
-        yield
-    except RedisError as error:
-        parts = urlsplit(url)
-        where = parts.path if parts.scheme == "unix" else f"{parts.hostname}:{parts.port or 6379}"
-        raise IndexUnavailable(f"Redis at {where}: {error}") from error
-
-
-def _options(config: IndexConfig) -> dict[str, Any]:
-    return {
-        "socket_timeout": config.redis_timeout_s,
-        "socket_connect_timeout": config.redis_timeout_s,
-        "retry_on_error": [RedisConnectionError],
-    }
-
-
-def _backoff(config: IndexConfig) -> ExponentialBackoff:
-    return ExponentialBackoff(cap=config.redis_timeout_s / 10, base=0.001)
-
-
-def _refuse_url(error: ValueError) -> ConfigError:
-    return ConfigError(f"redis_url: {error}")
+    return Script(lua_names() + (folder / "prelude.lua").read_text() + (folder / f"{name}.lua").read_text())
 
 
 class RedisIndexWriter:
     """`IndexWriter` on Redis. Connects on first use.
 
     Raises:
-        ConfigError: the URL is not one of Redis.
+        ConfigError: the URL is not one of ours.
     """
 
     def __init__(self, config: IndexConfig) -> None:
-        self._url = config.redis_url
-        retry = Retry(_backoff(config), _RETRIES, supported_errors=(RedisConnectionError,))
-        try:
-            self._client = redis.Redis.from_url(self._url, retry=retry, **_options(config))
-        except ValueError as error:
-            raise _refuse_url(error) from error
-        names = ("open_slot", "apply", "heartbeat", "close_slot")
-        self._scripts = {name: self._client.register_script(_script(name)) for name in names}
+        self._redis = Connection(config)
 
-    def _run(self, name: str, pool: Pool, *args: str | bytes | int) -> Any:  # noqa: ANN401 (a reply of Redis)
-        with _reaching(self._url):
-            return self._scripts[name](keys=[directory(pool)], args=args)
+    def _run(self, name: str, pool: Pool, *args: str | bytes | int) -> Reply:
+        return self._redis.run(_script(name), directory(pool), *args)
 
     def open_slot(self, worker: Worker, *, lease_ms: int, takeover: bool = False) -> int:
         """See `IndexWriter`."""
         pool = worker.pool
-        with _reaching(self._url):
-            self._client.hset(POOLS, pool.pool_id, msgspec.msgpack.encode(pool))
+        self._redis.call("HSET", POOLS, pool.pool_id, msgspec.msgpack.encode(pool))
         described = msgspec.json.encode(worker)
         reply = self._run(
             "open_slot", pool, worker.worker_id, worker.incarnation, described, lease_ms, int(takeover)
@@ -146,47 +99,29 @@ class RedisIndexWriter:
 
     def close(self) -> None:
         """See `IndexWriter`."""
-        self._client.close()
+        self._redis.close()
 
 
 class RedisIndexReader:
     """`IndexReader` on Redis, for one event loop. Connects on first use.
 
     Raises:
-        ConfigError: the URL is not one of Redis.
+        ConfigError: the URL is not one of ours.
     """
 
     def __init__(self, config: IndexConfig) -> None:
-        self._url = config.redis_url
-        retry = AsyncRetry(_backoff(config), _RETRIES, supported_errors=(RedisConnectionError,))
-        try:
-            pool = redis.asyncio.BlockingConnectionPool.from_url(
-                self._url,
-                max_connections=_MAX_CONNECTIONS,
-                timeout=config.redis_timeout_s,
-                retry=retry,
-                **_options(config),
-            )
-        except ValueError as error:
-            raise _refuse_url(error) from error
-        self._client = redis.asyncio.Redis.from_pool(pool)
-        names = ("workers", "match", "reserve", "settle", "sweep")
-        self._scripts = {name: self._client.register_script(_script(name)) for name in names}
+        self._redis = AsyncConnection(config)
 
-    async def _run(self, name: str, pool: Pool, *args: str | bytes | int) -> Any:  # noqa: ANN401 (a reply of Redis)
-        with _reaching(self._url):
-            return await self._scripts[name](keys=[directory(pool)], args=args)
+    async def _run(self, name: str, pool: Pool, *args: str | bytes | int) -> Reply:
+        return await self._redis.run(_script(name), directory(pool), *args)
 
     async def pools(self) -> list[Pool]:
         """See `IndexReader`."""
-        with _reaching(self._url):
-            known: list[Any] = await self._client.hvals(POOLS)
-            pools = [msgspec.msgpack.decode(packed, type=Pool) for packed in known]
-            pipeline = self._client.pipeline(transaction=False)
-            for pool in pools:
-                pipeline.hmget(directory(pool), ["members", "dead", "sweeping"])
-            in_use = await pipeline.execute()
-        return [pool for pool, sets in zip(pools, in_use, strict=True) if any(sets)]
+        known = await self._redis.call("HVALS", POOLS)
+        pools = [msgspec.msgpack.decode(packed, type=Pool) for packed in known]
+        sets = ("members", "dead", "sweeping")
+        in_use = await asyncio.gather(*(self._redis.call("HMGET", directory(pool), *sets) for pool in pools))
+        return [pool for pool, slots in zip(pools, in_use, strict=True) if any(slots)]
 
     async def workers(self, pool: Pool) -> tuple[int, list[RegisteredWorker]]:
         """See `IndexReader`."""
@@ -263,7 +198,7 @@ class RedisIndexReader:
 
     async def close(self) -> None:
         """See `IndexReader`."""
-        await self._client.aclose()
+        await self._redis.close()
 
 
 class _Row(NamedTuple):

@@ -1,0 +1,212 @@
+"""Ways to Redis: one server, a master behind Sentinels, or a cluster, all called alike.
+
+A failover costs a caller one error or none: a dropped connection is made anew, to whoever is the
+master by then; a script that a new master lacks is sent again; redirections are followed.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import functools
+import hashlib
+from collections.abc import AsyncGenerator, Awaitable, Callable
+from typing import Any, NamedTuple
+
+import msgspec
+import redis
+import redis.asyncio
+import redis.asyncio.cluster
+import redis.asyncio.sentinel
+import redis.cluster
+import redis.sentinel
+from redis.asyncio.retry import Retry as AsyncRetry
+from redis.backoff import ExponentialBackoff
+from redis.exceptions import ConnectionError as RedisConnectionError
+from redis.exceptions import NoScriptError, RedisClusterException, RedisError
+from redis.retry import Retry
+
+from kvindex.config import IndexConfig
+from kvindex.redis_errors import is_demoted, reaching
+from kvindex.redis_url import RedisUrl, Topology, parse_redis_url
+
+_MAX_CONNECTIONS = 32
+"""Of one event loop; more calls at once wait for their turn, as they would in Redis itself."""
+
+_RETRIES = 2
+"""Every call may be repeated, so a connection that Redis has dropped meanwhile costs no error."""
+
+Reply = Any
+"""What Redis answers: bytes, int, None, or a list of these."""
+
+
+class Master(NamedTuple):
+    """A server that takes writes, and how to ask it."""
+
+    where: str
+    call: Callable[..., Awaitable[Reply]]
+
+
+class Script:
+    """A Lua script and the name under which Redis caches it."""
+
+    def __init__(self, source: str) -> None:
+        self.source = source
+        self.sha = hashlib.sha1(source.encode(), usedforsecurity=False).hexdigest()
+
+
+class Connection:
+    """A blocking way to Redis, for one thread. Connects on first use.
+
+    Its calls raise `IndexUnavailable`, which is also `IndexRefused` if only a person can help.
+
+    Raises:
+        ConfigError: the URL is not one of ours.
+    """
+
+    def __init__(self, config: IndexConfig) -> None:
+        self._config = config
+        self.url = parse_redis_url(config.redis_url)
+        self._client: Any = None
+
+    def call(self, *command: str | bytes | int) -> Reply:
+        """Return the answer to one command."""
+        with reaching(self.url):
+            return self._call(*command)
+
+    def run(self, script: Script, key: str, *args: str | bytes | int) -> Reply:
+        """Return what `script` returns; all its keys share the hash tag of `key`."""
+        with reaching(self.url):
+            try:
+                return self._call("EVALSHA", script.sha, 1, key, *args)
+            except NoScriptError:
+                return self._call("EVAL", script.source, 1, key, *args)
+
+    def _call(self, *command: str | bytes | int) -> Reply:
+        try:
+            self._client = self._client or _client(_BLOCKING, self.url, self._config)
+            return self._client.execute_command(*command)
+        except RedisClusterException:
+            # No node that it knew answers: begin again with those of the URL.
+            self.close()
+            raise
+        except RedisError as error:
+            if not is_demoted(error) or self.url.topology is Topology.CLUSTER:
+                raise
+            # A new connection leads to the new master, by Sentinel or by name.
+            self._client.connection_pool.disconnect(inuse_connections=False)
+            return self._client.execute_command(*command)
+
+    def close(self) -> None:
+        """Release the connections; a later call makes new ones."""
+        if self._client is not None:
+            self._client.close()
+            self._client = None
+
+
+class AsyncConnection:
+    """A way to Redis for one event loop. Connects on first use.
+
+    Its calls raise `IndexUnavailable`, which is also `IndexRefused` if only a person can help.
+
+    Raises:
+        ConfigError: the URL is not one of ours.
+    """
+
+    def __init__(self, config: IndexConfig) -> None:
+        self._config = config
+        self.url = parse_redis_url(config.redis_url)
+        self._client: Any = None
+        self._turns = asyncio.Semaphore(_MAX_CONNECTIONS)
+
+    async def call(self, *command: str | bytes | int, **where: Any) -> Reply:  # noqa: ANN401
+        """Return the answer to one command; `where` is for `masters`."""
+        with reaching(self.url):
+            return await self._call(*command, **where)
+
+    async def run(self, script: Script, key: str, *args: str | bytes | int) -> Reply:
+        """Return what `script` returns; all its keys share the hash tag of `key`."""
+        with reaching(self.url):
+            try:
+                return await self._call("EVALSHA", script.sha, 1, key, *args)
+            except NoScriptError:
+                return await self._call("EVAL", script.source, 1, key, *args)
+
+    async def _call(self, *command: str | bytes | int, **where: Any) -> Reply:  # noqa: ANN401
+        async with self._turns:
+            client = self._client = self._client or _client(_ASYNC, self.url, self._config)
+            try:
+                return await client.execute_command(*command, **where)
+            except RedisClusterException:
+                # No node that it knew answers: begin again with those of the URL.
+                if self._client is client:
+                    await self.close()
+                raise
+            except RedisError as error:
+                if not is_demoted(error) or self.url.topology is Topology.CLUSTER:
+                    raise
+                # A new connection leads to the new master, by Sentinel or by name.
+                await client.connection_pool.disconnect(inuse_connections=False)
+                return await client.execute_command(*command, **where)
+
+    async def masters(self) -> AsyncGenerator[Master]:
+        """Yield every server that takes writes: one, unless it is a cluster."""
+        if self.url.topology is not Topology.CLUSTER:
+            yield Master(str(self.url), self.call)
+            return
+        await self.call("PING")  # by then the nodes are known
+        for node in self._client.get_primaries():
+            yield Master(node.name, functools.partial(self.call, target_nodes=node))
+
+    async def close(self) -> None:
+        """Release the connections; a later call makes new ones."""
+        client, self._client = self._client, None
+        if client is not None:
+            await client.aclose()
+
+
+class _Library(NamedTuple):
+    """The classes of redis-py that make blocking or asynchronous calls: the same names, made alike."""
+
+    client: Any
+    cluster: Any
+    node: Any
+    sentinel: Any
+    retry: Any
+
+
+_BLOCKING = _Library(
+    redis.Redis, redis.cluster.RedisCluster, redis.cluster.ClusterNode, redis.sentinel.Sentinel, Retry
+)
+_ASYNC = _Library(
+    redis.asyncio.Redis,
+    redis.asyncio.cluster.RedisCluster,
+    redis.asyncio.cluster.ClusterNode,
+    redis.asyncio.sentinel.Sentinel,
+    AsyncRetry,
+)
+
+
+def _client(library: _Library, url: RedisUrl, config: IndexConfig) -> Any:  # noqa: ANN401 (one of eight classes)
+    backoff = ExponentialBackoff(cap=config.redis_timeout_s / 10, base=0.001)
+    retry = library.retry(backoff, _RETRIES, supported_errors=(RedisConnectionError,))
+    common = {
+        "socket_timeout": config.redis_timeout_s,
+        "socket_connect_timeout": config.redis_timeout_s,
+        # Of what RESP3 adds, nothing is used, and its HELLO asks for one more right.
+        "protocol": 2,
+        **({"ssl": True, **msgspec.structs.asdict(url.tls)} if url.tls else {}),
+    }
+    ours = {**common, **msgspec.structs.asdict(url.login), "retry": retry}
+    if url.topology is Topology.CLUSTER:
+        nodes = [library.node(host, port) for host, port in url.nodes]
+        # Other people's slots may be uncovered.
+        return library.cluster(startup_nodes=nodes, require_full_coverage=False, **ours)
+    if url.topology is Topology.SENTINEL:
+        # One dead Sentinel costs one try; the next in the list is asked then.
+        theirs = {**common, **msgspec.structs.asdict(url.sentinel_login), "retry": library.retry(backoff, 0)}
+        sentinel = library.sentinel(url.nodes, sentinel_kwargs=theirs)
+        return sentinel.master_for(url.service, db=url.db, **ours)
+    if url.socket_path:
+        return library.client(unix_socket_path=url.socket_path, db=url.db, **ours)
+    ((host, port),) = url.nodes
+    return library.client(host=host, port=port, db=url.db, **ours)
