@@ -17,7 +17,6 @@ from gateway.config import load_config
 from gateway.doctor.examination import examine
 from gateway.doctor.finding import Finding, Level, count
 from kvindex.errors import ConfigError
-from kvindex.log import LogLevel, configure_logging
 
 app = typer.Typer(
     add_completion=False,
@@ -54,7 +53,6 @@ def doctor(
 
     Exit code 0 if there is no problem, 1 otherwise; warnings do not count.
     """
-    configure_logging(LogLevel.ERROR)
     settings = load_config(config, redis_url=redis_url)
     examination = examine(settings, admin=admin, replays=dict(map(_pair, replay or ())))
     with Console(stderr=True).status("looking at Redis, gateway and workers"):

@@ -171,7 +171,7 @@ def _no_gateway(admin: str, error: AdminUnavailable) -> Finding:
         f"gateway {admin}",
         str(error),
         cost="What a gateway elsewhere holds of the workers is not known here; if none runs, nobody routes.",
-        cure="Give its admin address, --admin http://HOST:9003 or KVLANE_ADMIN_URL, or start `kvlane gateway`.",
+        cure="Give its address, --admin http://HOST:9003 or KVLANE_ADMIN_URL, or start `kvlane gateway`.",
     )
 
 

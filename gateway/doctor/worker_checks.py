@@ -98,8 +98,8 @@ def _lag(subject: str, lag_ms: float) -> Iterator[Finding]:
             f"its blocks were in the index {lag_ms / 1000:.1f} s after they were cached",
             cost="A conversation's next turn may come before, and is then sent by load.",
             cure=(
-                "Compare kvlane_publisher_write_lag_seconds (KVLANE_METRICS_PORT) with Redis's latency: what is "
-                "left is the engine's, whose process the publisher shares."
+                "Compare kvlane_publisher_write_lag_seconds (KVLANE_METRICS_PORT) with Redis's latency: the "
+                "rest is the engine's, whose process the publisher shares."
             ),
         )
 
@@ -131,7 +131,7 @@ def replay_findings(
         yield warning(
             subject,
             f"its replay endpoint {endpoint} answers, and has no event",
-            cost="Nothing was cached since the engine started; or KV events are off, and no block is matched.",
+            cost="Nothing was cached since the engine started, or KV events are off: no block is matched.",
             cure='If it serves requests, set "enable_kv_cache_events": true in its --kv-events-config.',
         )
     elif wrong := [size for size in block_sizes if size != worker.block_size]:

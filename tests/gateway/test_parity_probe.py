@@ -17,8 +17,8 @@ from gateway.parity_probe import ParityProber
 from gateway.probe import worker_client
 from gateway.tokens.reader import PromptReader
 from kvindex.redis_index import RedisIndexReader, RedisIndexWriter
-from tests.support import engine_sim
 from tests.support.chat_templates import LLAMA_LIKE
+from tests.support.engine_here import simulated
 from tests.support.envoy import serve
 from tests.support.ports import free_ports
 from tests.support.vllm_engine import tiny_model
@@ -51,22 +51,6 @@ class Bench:
         await self.fleet.probe()
         adapters = self.fleet.snapshot.adapters(found.worker)
         return await self.prober.check(found, adapters[0] if adapters else None)
-
-
-@contextlib.asynccontextmanager
-async def simulated(redis_url, *flags):
-    """Run an engine on this event loop; yields its endpoint."""
-    (port,) = free_ports(1)
-    where = ["--port", str(port), "--redis-url", redis_url, "--events", f"inproc://kv-{port}"]
-    options = engine_sim.parse([*where, "--tokenizer", str(tiny_model()), *flags])
-    server = engine_sim.server(options)
-    task = asyncio.create_task(server.serve())
-    await eventually(lambda: server.started)
-    try:
-        yield f"127.0.0.1:{port}"
-    finally:
-        server.should_exit = True
-        await task
 
 
 async def probes_of(endpoint):
