@@ -6,11 +6,10 @@ import json
 import subprocess
 
 import pytest
-from typer.testing import CliRunner
 
-from gateway.commands.doctor import app
 from gateway.local_fleet import free_address
 from tests.support.cli import KVLANE, kvlane
+from tests.support.doctor import doctor, report
 from tests.support.fleet import parities
 
 pytestmark = pytest.mark.envoy
@@ -19,21 +18,17 @@ PATIENCE_S = 300
 """The import of a tokenizer library alone takes many seconds on a busy machine."""
 
 
-def doctor(*arguments: str):
-    return CliRunner().invoke(app, arguments, env={"COLUMNS": "300"})
-
-
 def test_a_fleet_that_is_well_has_no_finding_but_that(fleet):
     before = parities(fleet)
     command = [KVLANE, "doctor", "--redis-url", fleet.redis_url, "--admin", fleet.admin_url, "--json"]
     run = subprocess.run(command, capture_output=True, text=True, timeout=PATIENCE_S, check=False)
     assert run.returncode == 0, run.stderr
-    report = json.loads(run.stdout)
-    assert {each["level"] for each in report["findings"]} == {"ok"}, report
-    assert (report["num_problems"], report["num_warnings"]) == (0, 0)
-    subjects = {each["subject"].split()[0] for each in report["findings"]}
+    found = json.loads(run.stdout)
+    assert {each["level"] for each in found["findings"]} == {"ok"}, found
+    assert (found["num_problems"], found["num_warnings"]) == (0, 0)
+    subjects = {each["subject"].split()[0] for each in found["findings"]}
     assert subjects == {"Redis", "gateway", "worker"}
-    assert sum("`poetry`" in each["what"] for each in report["findings"]) == len(fleet.engines)
+    assert sum("`poetry`" in each["what"] for each in found["findings"]) == len(fleet.engines)
     # It looks, and changes no verdict.
     assert parities(fleet) == before
 
@@ -47,13 +42,10 @@ def test_the_table_says_what_it_costs_and_what_cures_it(fleet):
 
 def test_no_worker_and_no_redis_are_problems(redis_url):
     nowhere = free_address()
-    shown = doctor("--redis-url", redis_url, "--admin", f"http://{nowhere}", "--json")
-    assert shown.exit_code == 1
-    whats = [each["what"] for each in json.loads(shown.stdout)["findings"] if each["level"] == "problem"]
+    found = report("--redis-url", redis_url, "--admin", f"http://{nowhere}")
+    whats = [each["what"] for each in found["findings"] if each["level"] == "problem"]
     assert whats == ["no worker is live: none holds a valid lease"]
-    shown = doctor("--redis-url", f"redis://{nowhere}", "--admin", f"http://{nowhere}", "--json")
-    assert shown.exit_code == 1
-    (finding,) = json.loads(shown.stdout)["findings"]
+    (finding,) = report("--redis-url", f"redis://{nowhere}", "--admin", f"http://{nowhere}")["findings"]
     assert (finding["level"], finding["subject"]) == ("problem", "Redis")
 
 

@@ -12,6 +12,7 @@ import pytest
 
 from gateway.local_fleet import LocalFleet
 from tests.support.chat_templates import LLAMA_LIKE
+from tests.support.doctor import report
 from tests.support.fleet import eventually, parities, registered, simulated, simulated_fleet
 
 pytestmark = pytest.mark.envoy
@@ -100,6 +101,13 @@ def test_a_probe_matches_nobody(fleet):
         0
     }
     assert registered(fleet)[engine].num_indexed_blocks > 0
+
+
+def test_the_doctor_finds_what_the_gateway_found(fleet):
+    findings = report("--redis-url", fleet.redis_url, "--admin", fleet.admin_url)["findings"]
+    problems = {each["subject"]: each for each in findings if each["level"] == "problem"}
+    assert set(problems) == {f"worker {engine}" for engine in fleet.engines[1:4]}
+    assert all(each["cost"] and each["cure"] for each in problems.values())
 
 
 def test_a_degraded_worker_is_checked_again_and_a_cured_one_is_exact(fleet):
