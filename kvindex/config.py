@@ -9,6 +9,7 @@ from pydantic import Field, ValidationError
 from pydantic_settings import BaseSettings, SettingsConfigDict
 
 from kvindex.errors import ConfigError
+from kvindex.redis_url import FORMS
 
 
 class IndexConfig(BaseSettings):
@@ -18,7 +19,8 @@ class IndexConfig(BaseSettings):
 
     redis_url: str = Field(
         "redis://127.0.0.1:6379/0",
-        description="redis://, rediss:// (TLS) or unix:// URL; user and password as in the URL.",
+        repr=False,
+        description=f"{FORMS} and who we are there; docs/operations.md has every form.",
     )
     redis_timeout_s: float = Field(1.0, gt=0, description="Longest wait for one answer of Redis.")
 

@@ -6,6 +6,7 @@ KvlaneError
 |- EngineUnavailable      an engine's API does not answer, or not as vLLM does
 `- KvIndexError
    |- IndexUnavailable    Redis cannot be reached or cannot answer; the call may be tried again
+   |  |- IndexFull        Redis has no memory for more; nothing was changed, what it holds stays right
    |  `- IndexRefused     also a ConfigError: it will go on refusing until somebody changes a setting
    |- SlotLost            the slot is not ours any more: open a fresh one and resend the state
    |- WorkerConflict      a live worker already publishes under this name
@@ -38,6 +39,10 @@ class KvIndexError(KvlaneError):
 
 class IndexUnavailable(KvIndexError):
     """Redis cannot be reached or refuses to answer for now; nothing is known to have changed."""
+
+
+class IndexFull(IndexUnavailable):
+    """Redis has reached its maxmemory: nothing was changed. Leases and loads may still be written."""
 
 
 class IndexRefused(IndexUnavailable, ConfigError):

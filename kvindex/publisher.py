@@ -15,7 +15,7 @@ import structlog
 from kvindex import metrics
 from kvindex.block_state import BlockState
 from kvindex.config import PublisherConfig
-from kvindex.errors import EventsLost, IndexUnavailable, SlotLost, WorkerConflict
+from kvindex.errors import EventsLost, IndexFull, IndexUnavailable, SlotLost, WorkerConflict
 from kvindex.event_source import EventSource
 from kvindex.events import AllBlocksCleared, BlockRemoved, BlockStored, EngineEvent
 from kvindex.index import MAX_BATCH, IndexWriter
@@ -89,6 +89,7 @@ class Publisher:
         self._unwritten_since_s: float | None = None
         self._look_at_s = self._beat_at_s = self._retry_at_s = 0.0
         self._backoff_s = _FIRST_BACKOFF_S
+        self._failing_with: type[IndexUnavailable] | None = None
         self._alarmed: set[str] = set()
         self._conflict_logged = False
         self._stopping = threading.Event()
@@ -167,8 +168,10 @@ class Publisher:
         try:
             if self._slot is None:
                 self._open()
-            self._write()
+            full = self._write()
             self._report()
+            if full is not None:
+                raise full
         except IndexUnavailable as error:
             self._back_off(error)
         except WorkerConflict as error:
@@ -185,14 +188,16 @@ class Publisher:
             self._log.warning("the index lost track; sending the whole state", reason=str(error))
             self._start_over(reason)
         else:
-            if self._backoff_s > _FIRST_BACKOFF_S:
+            if self._failing_with is not None:
                 self._log.info("the index answers again")
+            self._failing_with = None
             self._backoff_s = _FIRST_BACKOFF_S
 
     def _open(self) -> None:
         self._slot = self._writer.open_slot(self._worker, lease_ms=self._config.lease_ms)
         self._outbox = Outbox(self._state.hashes)
-        self._unwritten_since_s = time.monotonic() if self._outbox else None
+        # Due at once: a state that was known before has nothing to wait for.
+        self._unwritten_since_s = time.monotonic() - self._config.flush_ms / 1000 if self._outbox else None
         self._conflict_logged = False
         self._reported = None
         self._look_at_s = 0.0
@@ -212,19 +217,28 @@ class Publisher:
         self._outbox = Outbox(self._state.hashes)
         metrics.RESYNCS.labels(self._worker.worker_id, reason).inc()
 
-    def _write(self) -> None:
-        """Send what is due, for a short while at most, so that events and heartbeats do not wait."""
+    def _write(self) -> IndexFull | None:
+        """Send what is due, for a short while at most, so that events and heartbeats do not wait.
+
+        An index that is full is returned, not raised: what it holds is right, so the lease goes on.
+        """
         started_s = now_s = time.monotonic()
         while now_s >= self._write_at_s() and now_s - started_s < _WRITE_SLICE_S:
             batch = self._outbox.next_batch()
             if batch is None:
                 break
-            answer = self._writer.apply(self._worker.pool, self._slot_held, self._worker.incarnation, batch)
+            try:
+                answer = self._writer.apply(
+                    self._worker.pool, self._slot_held, self._worker.incarnation, batch
+                )
+            except IndexFull as error:
+                return error
             self._outbox.confirm()
             now_s = time.monotonic()
             metrics.WRITE_LAG.labels(self._worker.worker_id).set(now_s - (self._unwritten_since_s or now_s))
             self._unwritten_since_s = now_s if self._outbox else None
             self._compare(answer)
+        return None
 
     def _report(self) -> None:
         """Send load and lease when the load has changed, and at every heartbeat."""
@@ -273,11 +287,17 @@ class Publisher:
 
     def _back_off(self, error: IndexUnavailable) -> None:
         metrics.INDEX_FAILURES.labels(self._worker.worker_id).inc()
-        if self._backoff_s == _FIRST_BACKOFF_S:
-            self._log.warning("the index does not answer; keeping the state and trying on", reason=str(error))
+        if type(error) is not self._failing_with:
+            self._log.warning(
+                "the index does not do as asked; keeping the state and trying on", reason=str(error)
+            )
+        self._failing_with = type(error)
+        self._reported, self._look_at_s = None, 0.0  # the next try asks the index for certain
         # Jitter, so that a fleet does not return to a restarted Redis in step.
         self._retry_at_s = time.monotonic() + self._backoff_s * random.uniform(0.5, 1.0)  # noqa: S311
-        self._backoff_s = min(2 * self._backoff_s, _LONGEST_BACKOFF_S)
+        # Half a lease, since one that is only full keeps the lease at each try.
+        longest_s = min(_LONGEST_BACKOFF_S, self._config.lease_ms / 2000)
+        self._backoff_s = min(2 * self._backoff_s, longest_s)
 
     def _count_skipped(self) -> None:
         skipped, self._state.skipped = self._state.skipped, Counter()

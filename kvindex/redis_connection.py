@@ -96,6 +96,13 @@ class Connection:
             self._client.connection_pool.disconnect(inuse_connections=False)
             return self._client.execute_command(*command)
 
+    def home(self, key: str) -> str | None:
+        """Return the node to which the last call about `key` went; None unless it is a cluster."""
+        if self.url.topology is not Topology.CLUSTER or self._client is None:
+            return None
+        node = self._client.get_node_from_key(key)
+        return str(node.name) if node else None
+
     def close(self) -> None:
         """Release the connections; a later call makes new ones."""
         if self._client is not None:
@@ -150,10 +157,14 @@ class AsyncConnection:
 
     async def masters(self) -> AsyncGenerator[Master]:
         """Yield every server that takes writes: one, unless it is a cluster."""
-        if self.url.topology is not Topology.CLUSTER:
+        await self.call("PING")  # by then it is known where they are
+        if self.url.topology is Topology.SENTINEL:
+            host, port = self._client.connection_pool.master_address
+            yield Master(f"{host}:{port}", self.call)
+            return
+        if self.url.topology is Topology.SINGLE:
             yield Master(str(self.url), self.call)
             return
-        await self.call("PING")  # by then the nodes are known
         for node in self._client.get_primaries():
             yield Master(node.name, functools.partial(self.call, target_nodes=node))
 

@@ -8,7 +8,7 @@ from contextlib import contextmanager
 
 from redis.exceptions import MovedError, RedisClusterException, RedisError
 
-from kvindex.errors import IndexRefused, IndexUnavailable
+from kvindex.errors import IndexFull, IndexRefused, IndexUnavailable
 from kvindex.redis_url import RedisUrl
 
 CLIENT_ERRORS = (RedisError, RedisClusterException)
@@ -22,21 +22,16 @@ _REFUSALS = {
     "without any password configured": "take user and password out of the URL, or give it a password",
     "Authentication required": "write user and password into the URL: redis://user:password@host",
     "invalid username-password|invalid password": "correct user and password in the URL",
-    "no permissions|can't run this command|can't access at least one": _RIGHTS,
+    "[Nn]o permissions|can't run this command|can't access at least one": _RIGHTS,
     "unknown command": "kvlane needs Redis 6.2 or newer, or Valkey, and none of its commands renamed",
     "DB index is out of range": "choose a database that it has",
     "luster mode is not enabled|cluster support disabled": "it is no cluster: write redis:// before its host",
     "^MOVED |not allowed in cluster mode": "it belongs to a cluster: write redis+cluster:// before its host",
-    "CERTIFICATE_REQUIRED": "set ssl_certfile and ssl_keyfile in the URL: it wants a client certificate",
     "CERTIFICATE_VERIFY_FAILED": "set ssl_ca_certs in the URL to the CA of its certificate, and use its name",
-    "WRONG_VERSION_NUMBER|PACKET_LENGTH_TOO_LONG|RECORD_LAYER_FAILURE": (
-        "it does not speak TLS on this port: write redis:// or give the port that does"
-    ),
 }
+_FULL = "used memory > 'maxmemory'"
 _HINTS = {
-    "used memory > 'maxmemory'": (
-        "it is full: CONFIG SET maxmemory to more; docs/operations.md says what the index needs"
-    ),
+    _FULL: "it is full: CONFIG SET maxmemory to more; docs/operations.md says what the index needs",
     "^MISCONF ": (
         "it cannot save its snapshots: make room on its disk, or, as the index needs none, "
         "CONFIG SET stop-writes-on-bgsave-error no"
@@ -74,8 +69,12 @@ def _translated(error: Exception, url: RedisUrl) -> IndexUnavailable:
     for pattern, what_to_do in _REFUSALS.items():
         if re.search(pattern, said):
             return IndexRefused(f"Redis at {url}: {said}; {what_to_do}")
+    if url.tls and "imeout connecting" in said:
+        said += "; if it does not speak TLS on this port, write redis:// or give the port that does"
+    if url.tls and not url.tls.ssl_certfile and re.search("closed|reset|lost|CERTIFICATE_REQUIRED", said):
+        said += "; if it wants a client certificate, set ssl_certfile and ssl_keyfile in the URL"
     hint = next((f"; {hint}" for pattern, hint in _HINTS.items() if re.search(pattern, said)), "")
-    return IndexUnavailable(f"Redis at {url}: {said}{hint}")
+    return (IndexFull if _FULL in said else IndexUnavailable)(f"Redis at {url}: {said}{hint}")
 
 
 def _said(error: Exception) -> str:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import contextlib
 import statistics
 import time
 from collections.abc import Iterator
@@ -64,9 +63,10 @@ async def examine(config: IndexConfig) -> ServerHealth:
         IndexUnavailable: Redis does not answer.
     """
     connection = AsyncConnection(config)
-    async with contextlib.aclosing(connection.masters()) as masters:
-        nodes = [await _examine(master) async for master in masters]
-    await connection.close()
+    try:
+        nodes = [await _examine(master) async for master in connection.masters()]
+    finally:
+        await connection.close()
     return ServerHealth(where=str(connection.url), topology=connection.url.topology, nodes=tuple(nodes))
 
 

@@ -9,6 +9,7 @@ from __future__ import annotations
 import asyncio
 import functools
 import importlib.resources
+import time
 from collections.abc import Iterator, Sequence
 from typing import Any, NamedTuple
 
@@ -47,6 +48,8 @@ class RedisIndexWriter:
 
     def __init__(self, config: IndexConfig) -> None:
         self._redis = Connection(config)
+        self._look_at_s: dict[Pool, float] = {}
+        self._homes: dict[Pool, str | None] = {}
 
     def _run(self, name: str, pool: Pool, *args: str | bytes | int) -> Reply:
         return self._redis.run(_script(name), directory(pool), *args)
@@ -54,7 +57,7 @@ class RedisIndexWriter:
     def open_slot(self, worker: Worker, *, lease_ms: int, takeover: bool = False) -> int:
         """See `IndexWriter`."""
         pool = worker.pool
-        self._redis.call("HSET", POOLS, pool.pool_id, msgspec.msgpack.encode(pool))
+        self._announce(pool)
         described = msgspec.json.encode(worker)
         reply = self._run(
             "open_slot", pool, worker.worker_id, worker.incarnation, described, lease_ms, int(takeover)
@@ -63,12 +66,31 @@ class RedisIndexWriter:
             raise WorkerConflict(
                 f"{worker.worker_id} is published by another live process (incarnation {reply.decode()})"
             )
+        self._homes[pool] = self._redis.home(directory(pool))
         return int(reply)
+
+    def _announce(self, pool: Pool) -> None:
+        self._redis.call("HSET", POOLS, pool.pool_id, msgspec.msgpack.encode(pool))
+
+    def _keep_announced(self, pool: Pool, every_ms: int) -> None:
+        """On a cluster the list of pools is on a node of its own, which may lose it alone."""
+        now_s = time.monotonic()
+        if now_s >= self._look_at_s.get(pool, 0.0):
+            if not self._redis.call("HEXISTS", POOLS, pool.pool_id):
+                self._announce(pool)
+            self._look_at_s[pool] = now_s + every_ms / 1000
+
+    def _state_at_home(self, pool: Pool, slot: int, reply: list[Any] | None) -> SlotState:
+        """Keys that move to another node one by one are not of one moment: what they say is not trusted."""
+        if self._redis.home(directory(pool)) != self._homes.get(pool):
+            raise SlotLost(f"the pool of slot {slot} has moved to another node of the cluster")
+        return _slot_state(slot, reply)
 
     def apply(self, pool: Pool, slot: int, incarnation: str, batch: Batch) -> SlotState:
         """See `IndexWriter`."""
         stored, removed = pack_hashes(batch.stored), pack_hashes(batch.removed)
-        return _slot_state(slot, self._run("apply", pool, slot, incarnation, batch.sequence, stored, removed))
+        reply = self._run("apply", pool, slot, incarnation, batch.sequence, stored, removed)
+        return self._state_at_home(pool, slot, reply)
 
     def heartbeat(
         self,
@@ -91,7 +113,8 @@ class RedisIndexWriter:
         )
         age_ms = -1 if settle_older_than_ms is None else settle_older_than_ms
         reply = self._run("heartbeat", pool, slot, incarnation, lease_ms, packed, age_ms, *accepted)
-        return _slot_state(slot, reply)
+        self._keep_announced(pool, lease_ms)
+        return self._state_at_home(pool, slot, reply)
 
     def close_slot(self, pool: Pool, slot: int, incarnation: str) -> None:
         """See `IndexWriter`."""

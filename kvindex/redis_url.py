@@ -21,6 +21,8 @@ import msgspec
 
 from kvindex.errors import ConfigError
 
+# The host is not repeated: a password with a / or @ in it may be taken for one.
+_NO_HOST = "expected host:port behind the //; percent-encode special characters of a password"
 FORMS = "redis://, rediss:// (TLS), unix://, redis+sentinel://, redis+cluster://"
 
 _TLS_FILES = ("ssl_ca_certs", "ssl_certfile", "ssl_keyfile")
@@ -89,15 +91,16 @@ def parse_redis_url(url: str) -> RedisUrl:
     Raises:
         ConfigError: the URL is not one of ours; the message repeats nothing that could be a password.
     """
+    if "://" not in url:
+        raise ConfigError(f"redis_url: begin with one of {FORMS}")
     try:
         parts = urlsplit(url)
-        return _parse(parts) if "://" in url else _refuse(f"begin with one of {FORMS}")
+    except ValueError:
+        raise ConfigError(f"redis_url: {_NO_HOST}") from None
+    try:
+        return _parse(parts)
     except ValueError as error:
         raise ConfigError(f"redis_url: {error}") from None
-
-
-def _refuse(what_to_do: str) -> RedisUrl:
-    raise ValueError(what_to_do)
 
 
 def _parse(parts: SplitResult) -> RedisUrl:
@@ -159,10 +162,7 @@ def _nodes(hosts: str, default_port: int) -> tuple[tuple[str, int], ...]:
     for each in hosts.split(","):
         found = re.fullmatch(r"(?:\[([0-9A-Fa-f:.%]+)\]|([^\[\]:]+))(?::(\d{1,5}))?", each)
         if not found or int(found[3] or 0) > 65535:
-            # Not repeated: a password with a / or @ in it ends up here.
-            raise ValueError(
-                "expected host:port behind the //; percent-encode special characters of a password"
-            )
+            raise ValueError(_NO_HOST)
         nodes.append((found[1] or found[2], int(found[3] or default_port)))
     return tuple(nodes)
 

@@ -16,6 +16,9 @@ if sequence <= tonumber(state[2]) then
   return {count, digest}
 end
 
+if stored == '' then
+  write_though_full()
+end
 local directory = redis.call('HMGET', DIRECTORY, 'buckets', 'entries')
 local num_buckets, num_entries = tonumber(directory[1]), tonumber(directory[2]) or 0
 if not num_buckets then

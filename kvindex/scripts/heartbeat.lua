@@ -12,6 +12,7 @@ if not state or read_row(slot) == NO_ROW then
   return false
 end
 
+write_though_full()
 local now = now_ms()
 for index = 6, #ARGV do
   settle(ARGV[index])

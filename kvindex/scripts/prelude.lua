@@ -24,6 +24,12 @@ local LOAD_AT = 25
 local LIVE_HEAD = '<dI4I4I4I4'
 local NO_ROW = string.rep('\0', ROW_BYTES)
 
+-- Lets a script that adds no data write even if Redis has reached its maxmemory: Redis refuses a script's
+-- first write then, but none that follows a deletion, of whatever.
+local function write_though_full()
+  redis.call('HDEL', DIRECTORY, '')
+end
+
 local function now_ms()
   local time = redis.call('TIME')
   return time[1] * 1000 + floor(time[2] / 1000)

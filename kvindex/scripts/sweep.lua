@@ -10,6 +10,7 @@
 
 local budget = tonumber(ARGV[1])
 local now = now_ms()
+write_though_full()
 purge(now)
 
 for _, slot in ipairs(to_slots(read_set('members'))) do

@@ -96,12 +96,13 @@ def memory_index() -> Index:
 async def redis_index(url: str):
     config = IndexConfig(redis_url=url, redis_timeout_s=10)
     index = Index(RedisIndexWriter(config), RedisIndexReader(config), None)
+    await index.reader.pools()  # connects, which takes longer than some leases below
     yield index
     index.writer.close()
     await index.reader.close()
 
 
-@pytest.fixture(params=["memory", "redis", "valkey"])
+@pytest.fixture(params=["memory", "redis", "valkey", "sentinel", "cluster"])
 async def index(request):
     if request.param == "memory":
         yield memory_index()

@@ -1,42 +1,16 @@
 """The publisher on a real Redis that loses what it was told."""
 
-from collections.abc import Sequence
 from contextlib import ExitStack, closing
-from functools import reduce
-from operator import xor
 
 import redis
+import structlog
 
-from kvindex.config import PublisherConfig, index_config
 from kvindex.embedded import embedded_redis
-from kvindex.publisher import LoadReport, Publisher
-from kvindex.redis_index import RedisIndexReader, RedisIndexWriter
-from kvindex.worker import Load, Worker
 from tests.support.ports import free_ports
-from tests.support.scripted_engine import ScriptedSource, make_worker, prompt
+from tests.support.published import Published
+from tests.support.redis_topology import server
+from tests.support.scripted_engine import prompt, removal
 from tests.support.waiting import eventually
-
-
-class Published:
-    """A scripted engine whose publisher writes to the Redis of `url`."""
-
-    def __init__(self, url: str) -> None:
-        config = PublisherConfig(redis_url=url, lease_ms=1_000, heartbeat_ms=100, redis_timeout_s=0.3)
-        self.worker: Worker = make_worker()
-        self.source = ScriptedSource()
-        self._reader = RedisIndexReader(index_config(url))
-        self._publisher = Publisher(
-            self.worker, config, RedisIndexWriter(config), self.source, lambda: LoadReport(Load())
-        )
-        self._publisher.start()
-
-    async def holds(self, hashes: Sequence[int]) -> bool:
-        _, workers = await self._reader.workers(self.worker.pool)
-        expected = (len(hashes), f"{reduce(xor, hashes, 0):016x}")
-        return [(each.num_indexed_blocks, each.digest) for each in workers] == [expected]
-
-    def close(self) -> None:
-        self._publisher.stop()
 
 
 async def test_a_flushed_redis_is_filled_again(redis_url: str):
@@ -65,3 +39,43 @@ async def test_a_redis_that_dies_and_returns_empty_is_filled_again():
             published.source.put(more)
             with embedded_redis(port):
                 await eventually(lambda: published.holds([*hashes, *more_hashes]))
+
+
+async def test_a_full_redis_keeps_the_worker_and_gets_the_rest_when_it_has_room():
+    event, hashes = prompt(1, 2, 3, 4)
+    with server() as engine, closing(Published(engine.url)) as published, engine.client() as client:
+        published.source.put(event)
+        await eventually(lambda: published.holds(hashes))
+        client.config_set("maxmemory", 1)
+        flapping, _ = prompt(5, 6)
+        more, more_hashes = prompt(7, 8)
+        with structlog.testing.capture_logs() as logs:
+            for _ in range(1_000):
+                published.source.put(flapping, removal(prompt(5, 6)[1]))
+            published.source.put(more)
+            beats = len(published.writer.answers)
+            # Longer than a lease: at least every half of one is a heartbeat.
+            await eventually(lambda: len(published.writer.answers) > beats + 4)
+            assert await published.holds(hashes)
+            (line,) = [log for log in logs if log["log_level"] == "warning"]
+            assert "it is full: CONFIG SET maxmemory to more" in line["reason"]
+            assert published.num_unwritten <= 3  # the batch refused, what undoes it, and the last prompt
+            client.config_set("maxmemory", 0)
+            await eventually(lambda: published.holds([*hashes, *more_hashes]))
+
+
+async def test_a_password_may_be_changed_under_a_publisher():
+    event, hashes = prompt(1, 2, 3, 4)
+    with server() as engine, engine.client() as client:
+        client.execute_command("ACL", "SETUSER", "engine", "on", ">pw", "~*", "+@all")
+        with closing(Published(engine.url.replace("://", "://engine:pw@"))) as published:
+            published.source.put(event)
+            await eventually(lambda: published.holds(hashes))
+            with structlog.testing.capture_logs() as logs:
+                client.execute_command("ACL", "SETUSER", "engine", "resetpass", ">other")
+                client.client_kill_filter(_type="normal", skipme=True)
+                await eventually(lambda: logs)
+            assert "correct user and password in the URL" in logs[0]["reason"]
+            assert "pw" not in logs[0]["reason"].replace("password", "")
+            client.execute_command("ACL", "SETUSER", "engine", ">pw")
+            await eventually(lambda: published.holds(hashes))
