@@ -52,15 +52,21 @@ def finds(fleet: LocalFleet, prompt: str) -> bool:
 
 
 def test_each_worker_has_the_verdict_that_it_deserves(fleet):
-    found = parities(fleet)
-    verdicts = [(found[each]["state"], found[each]["reason"]) for each in fleet.engines]
-    assert verdicts == [
+    expected = [
         ("exact", None),
         ("degraded", "tokens"),
         ("degraded", "salt"),
         ("degraded", "no_blocks"),
         ("exact", None),
     ]
+
+    def deserved() -> bool:
+        found = parities(fleet)
+        return [(found[each]["state"], found[each]["reason"]) for each in fleet.engines] == expected
+
+    # On a busy machine a first check may have come too early for events that are late.
+    eventually(deserved, timeout_s=60)
+    found = parities(fleet)
     assert found[fleet.engines[4]]["lag_ms"] > 300
     assert all(each["cure"] for each in found.values() if each["state"] == "degraded")
     metrics = httpx.get(f"{fleet.admin_url}/metrics").text

@@ -29,10 +29,13 @@ class Patient:
 
     def __init__(self, redis_url: str) -> None:
         self.redis_url = redis_url
-        self.config = GatewayConfig(redis_url=redis_url, parity_timeout_s=1, parity_tries=1)
+        self.config = GatewayConfig(redis_url=redis_url, parity_tries=1, redis_timeout_s=10)
 
-    async def examine(self, admin: str = NOBODY, *, replays: Mapping[str, str] = {}) -> list[Finding]:
-        return await examine(self.config, admin=admin, replays=replays)
+    async def examine(
+        self, admin: str = NOBODY, *, replays: Mapping[str, str] = {}, timeout_s: float = 30
+    ) -> list[Finding]:
+        config = self.config.model_copy(update={"parity_timeout_s": timeout_s})
+        return await examine(config, admin=admin, replays=replays)
 
     async def worker(self):
         """Return the one live worker, once it is registered."""
@@ -140,11 +143,11 @@ async def test_replay_shows_what_the_index_never_heard_of(patient):
     flags = ("--replay", replay, "--registered-block-size", "16")
     async with simulated(patient.redis_url, *flags) as endpoint:
         await patient.worker()
-        findings = await patient.examine(replays={endpoint: replay})
+        findings = await patient.examine(replays={endpoint: replay}, timeout_s=1)
         (_, said) = of(findings, "worker")
         assert said[0] is Level.PROBLEM
         assert "blocks of 32 tokens, but it registered with 16" in said[1]
-        findings = await patient.examine(replays={endpoint: silent})
+        findings = await patient.examine(replays={endpoint: silent}, timeout_s=1)
         assert "does not answer" in of(findings, "worker")[1][1]
 
 
