@@ -53,7 +53,21 @@ class GatewayConfig(IndexConfig):
     poll_interval_ms: int = Field(250, gt=0, description="How often the list of workers is read.")
     probe_interval_s: float = Field(2.0, gt=0, description="How often workers are asked for their models.")
     probe_timeout_s: float = Field(2.0, gt=0, description="Longest wait for a worker's models.")
-    worker_api_key: SecretStr | None = Field(None, description="Bearer token for the workers' /v1/models.")
+    worker_api_key: SecretStr | None = Field(
+        None, description="Bearer token for the workers, where they want one."
+    )
+
+    parity_probe: bool = Field(
+        True, description="Compare tokens and block hashes with each worker that joins, by a probe request."
+    )
+    parity_timeout_s: float = Field(
+        10.0, gt=0, description="Longest wait for a probe's answer, and then for its blocks in the index."
+    )
+    parity_tries: int = Field(2, ge=1, description="Probes before a worker is given its verdict.")
+    parity_again_s: float = Field(
+        60.0, gt=0, description="How soon a worker whose check failed or came to no end is checked again."
+    )
+    parity_concurrency: int = Field(8, ge=1, description="Workers that are checked at the same time.")
 
     tokenizers: dict[str, str] = Field(
         default_factory=dict, description="Tokenizer directory by model, where the engines' path is not ours."

@@ -120,6 +120,8 @@ class KvRouter:
         receipt.served = served
         if served.worker != receipt.destinations[0]:
             self._fleet.suspect()
+        elif receipt.choice and receipt.choice.candidate.degraded:
+            return  # What it had cached is not known, so neither is what it computed.
         elif served.status == 200 and receipt.streamed and served.ttft_ms is not None and receipt.choice:
             self._learn(receipt.choice, served.ttft_ms - sum(receipt.steps_ms.values()))
 
@@ -149,6 +151,8 @@ class KvRouter:
             served = self._served(receipt.model)
             choices, charge = await self._plan(_demand(request, receipt.model, read), served, read, receipt)
         receipt.choices = choices
+        if choices and (reason := choices[0].candidate.degraded):
+            receipt.fallback = receipt.fallback or f"parity_{reason}"
         workers: Sequence[Worker] = [choice.candidate.worker for choice in choices]
         if not workers:
             workers = self._by_load(request, receipt)

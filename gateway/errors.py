@@ -5,6 +5,8 @@ KvlaneError
 `- GatewayError
    |- ProcessEnded         a process of a local fleet is gone or did not get ready
    |- BenchFailed          a bench cannot be run here, or was not answered as its figures need it
+   |- ModelNotServed       a worker does not serve a model under its name
+   |- Unverified           a worker cannot be checked now: nothing is known to be wrong with it
    |- RequestError         the client's request cannot be served; carries the OpenAI answer
    `- TokenizerError       a model's tokenizer or chat template cannot be used here
 """
@@ -13,6 +15,7 @@ from __future__ import annotations
 
 import msgspec
 
+from gateway.parity import Reason
 from kvindex.errors import KvlaneError
 
 
@@ -26,6 +29,23 @@ class ProcessEnded(GatewayError):
 
 class BenchFailed(GatewayError):
     """A bench cannot be run here, or was not answered as it must be: its figures would mean nothing."""
+
+
+class ModelNotServed(GatewayError):
+    """A worker knows the API that it was asked by, and not the model."""
+
+
+class Unverified(GatewayError):
+    """A worker does not answer a check, or refuses to; nothing is known to be wrong with it.
+
+    Args:
+        reason: for metrics and messages.
+        message: what was seen, for people.
+    """
+
+    def __init__(self, reason: Reason, message: str) -> None:
+        super().__init__(message)
+        self.reason = reason
 
 
 class TokenizerError(GatewayError):

@@ -9,6 +9,7 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import time
+from collections import Counter
 from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass, field, replace
 from typing import Any
@@ -18,6 +19,7 @@ import structlog
 
 from gateway import metrics
 from gateway.config import GatewayConfig
+from gateway.parity import Parity, State, pool_state
 from gateway.probe import ModelCard, Unreachable, served_models
 from gateway.tokens.models import Models, ServedModel
 from kvindex.blocks import Pool
@@ -34,6 +36,9 @@ SWEEP_BUCKETS = 16
 
 PROBE_AGAIN_AFTER_S = 1.0
 """Requests for unknown models or that went astray make the workers be asked at most this often."""
+
+
+_UNCHECKED = Parity()
 
 
 @dataclass(frozen=True, slots=True)
@@ -56,6 +61,8 @@ class FleetSnapshot:
     """Endpoints that refused our last connection."""
     models: Models = field(default_factory=Models)
     """What requests may ask for."""
+    parity: Mapping[str, Parity] = field(default_factory=dict)
+    """Incarnation to the verdict on it; see `parity_of`."""
 
     def workers(self) -> Iterable[RegisteredWorker]:
         """Yield every live worker."""
@@ -69,6 +76,29 @@ class FleetSnapshot:
     def served_names(self, worker: Worker) -> frozenset[str]:
         """Return the names by which requests may ask for what `worker` serves."""
         return frozenset({worker.model, *(card.id for card in self.cards.get(worker.endpoint, ()))})
+
+    def adapters(self, worker: Worker) -> tuple[str, ...]:
+        """Return the LoRA adapters that `worker` said it serves, sorted."""
+        cards = self.cards.get(worker.endpoint, ())
+        return tuple(sorted(card.id for card in cards if card.parent is not None))
+
+    def is_live(self, worker: Worker) -> bool:
+        """Say whether this life of `worker` has a valid lease."""
+        view = self.pools.get(worker.pool)
+        live = view.workers.values() if view else ()
+        return any(each.worker.incarnation == worker.incarnation for each in live)
+
+    def accepts_connections(self, worker: Worker) -> bool:
+        """Say whether `worker` was asked for its models and did not refuse."""
+        return worker.endpoint in self.cards and worker.endpoint not in self.unreachable
+
+    def parity_of(self, worker: Worker) -> Parity:
+        """Return the verdict on `worker`; CHECKING while there is none."""
+        return self.parity.get(worker.incarnation, _UNCHECKED)
+
+    def pool_state(self, pool: Pool) -> State:
+        """Return the state of the worst of the pool's workers."""
+        return pool_state(self.parity_of(each.worker) for each in self.pools[pool].workers.values())
 
     def pools_of(self, base: str) -> list[PoolView]:
         """Return the pools of a base model that have live workers: one for each block size."""
@@ -125,6 +155,11 @@ class Fleet:
     def failure(self) -> str | None:
         """Why the snapshot may be old; None while the index answers."""
         return self._failure
+
+    @property
+    def checks_parity(self) -> bool:
+        """Whether workers are checked when they join; if not, all stay CHECKING."""
+        return self._config.parity_probe
 
     @property
     def version(self) -> int:
@@ -211,6 +246,12 @@ class Fleet:
         if time.monotonic() - self._probed_at >= PROBE_AGAIN_AFTER_S:
             await self.probe()
 
+    def note_parity(self, worker: Worker, parity: Parity) -> None:
+        """Keep the verdict on this life of `worker`, if it still lives."""
+        if self._snapshot.is_live(worker):
+            self._replace(parity={**self._snapshot.parity, worker.incarnation: parity})
+            self._count_workers()
+
     def suspect(self) -> None:
         """Have the workers probed soon: a request did not get where it was sent."""
         if time.monotonic() - self._probed_at >= PROBE_AGAIN_AFTER_S:
@@ -224,8 +265,10 @@ class Fleet:
             raise
         self._note(None)
         former = self.addresses
-        self._replace(pools={view.pool: view for view in views})
-        metrics.LIVE_WORKERS.set(sum(len(view.workers) for view in views))
+        live = {each.worker.incarnation for view in views for each in view.workers.values()}
+        parity = {name: parity for name, parity in self._snapshot.parity.items() if name in live}
+        self._replace(pools={view.pool: view for view in views}, parity=parity)
+        self._count_workers()
         if not set(self.addresses) <= self._snapshot.cards.keys():
             self._probe_now.set()
         if self.addresses != former or self._version == 0:
@@ -250,6 +293,18 @@ class Fleet:
             snapshot = replace(snapshot, models=models)
             self._wake()
         self._snapshot = snapshot
+
+    def _count_workers(self) -> None:
+        snapshot = self._snapshot
+        states = Counter(snapshot.parity_of(each.worker).state for each in snapshot.workers())
+        metrics.LIVE_WORKERS.set(states.total())
+        for state in State:
+            metrics.WORKERS.labels(state).set(states[state])
+        metrics.POOL_EXACT.clear()
+        for pool, view in snapshot.pools.items():
+            if view.workers:
+                is_exact = snapshot.pool_state(pool) is State.EXACT
+                metrics.POOL_EXACT.labels(pool.model, pool.block_size).set(is_exact)
 
     def _wake(self) -> None:
         self._changed.set()

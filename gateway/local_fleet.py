@@ -16,6 +16,7 @@ import msgspec
 
 from gateway.envoy import WORKERS, LbPolicy
 from gateway.errors import ProcessEnded
+from gateway.parity import Parity
 from gateway.processes import Processes, child_processes
 from kvindex.embedded import embedded_redis
 
@@ -119,6 +120,7 @@ class LocalFleet:
         self.wait_until(engines_answer, "the workers")
         self.wait_until(lambda: self.known_workers() == set(self.engines), "Envoy")
         self.wait_until(self._reads_prompts, "the gateway")
+        self.wait_until(self._has_checked, "the gateway's check of the workers")
         progress(f"envoy    {self.url}")
 
     def known_workers(self) -> set[str]:
@@ -145,6 +147,15 @@ class LocalFleet:
             return False
         return all(worker.models for worker in workers)
 
+    def _has_checked(self) -> bool:
+        """Say whether every worker was checked, however that ended."""
+        try:
+            answer = httpx.get(f"{self.admin_url}/fleet", timeout=_SLOW_S)
+        except httpx.TransportError:
+            return False
+        fleet = msgspec.json.decode(answer.content, type=_Fleet)
+        return not fleet.parity_probe or all(each.parity.checked_at is not None for each in fleet.workers)
+
     def wait_until(self, condition: Callable[[], bool], what: str) -> None:
         """Return once `condition()` holds.
 
@@ -164,11 +175,13 @@ class LocalFleet:
 
 class _FleetWorker(msgspec.Struct):
     models: list[str]
+    parity: Parity
 
 
 class _Fleet(msgspec.Struct):
     """The gateway's `/fleet`."""
 
+    parity_probe: bool
     workers: list[_FleetWorker]
 
 

@@ -115,10 +115,12 @@ class Lookup:
 
     def _candidate(self, registered: RegisteredWorker, state: WorkerState, overlap_blocks: int) -> Candidate:
         worker = registered.worker
+        parity = self._fleet.snapshot.parity_of(worker)
         return Candidate(
             worker=worker,
             state=state,
             overlap_blocks=overlap_blocks,
+            degraded=parity.reason if parity.ignores_overlap else None,
             prefill_tokens_per_s=self._rates.prefill_tokens_per_s(worker),
             # `kvlane publish` may not know the size of the cache.
             cache_fill=registered.num_indexed_blocks / worker.num_blocks if worker.num_blocks else 0.0,

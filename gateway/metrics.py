@@ -39,5 +39,15 @@ TTFT_ERROR_SECONDS = Histogram(
     buckets=(0.001, 0.003, 0.01, 0.03, 0.1, 0.3, 1.0, 3.0, 10.0, 30.0),
 )
 LIVE_WORKERS = Gauge("kvlane_gateway_live_workers", "Workers with a live lease.")
+WORKERS = Gauge(
+    "kvlane_gateway_workers",
+    "Live workers by whether their tokens and hashes are ours: exact, degraded, checking.",
+    ["state"],
+)
+POOL_EXACT = Gauge(
+    "kvlane_gateway_pool_exact",
+    "1 while every live worker of the pool is exact, 0 otherwise.",
+    ["model", "block_size"],
+)
 UNREACHABLE_ENDPOINTS = Gauge("kvlane_gateway_unreachable_endpoints", "Live endpoints that refuse us.")
 INDEX_AVAILABLE = Gauge("kvlane_gateway_index_available", "1 while the index answers, 0 otherwise.")

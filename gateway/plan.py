@@ -10,6 +10,7 @@ from collections.abc import Collection, Iterable, Mapping
 import msgspec
 import xxhash
 
+from gateway.parity import Reason
 from kvindex.worker import Worker, WorkerState
 
 TIE_SHARE = 0.1
@@ -43,6 +44,8 @@ class Candidate(msgspec.Struct, frozen=True, kw_only=True):
     state: WorkerState
     overlap_blocks: int
     prefill_tokens_per_s: float
+    degraded: Reason | None = None
+    """Why the overlap does not count; None where it does."""
     cache_fill: float = 0.0
     """Share of the KV cache that holds indexed blocks, 0 to 1; new blocks evict old ones at 1."""
 
@@ -113,7 +116,8 @@ def weigh(demand: Demand, candidate: Candidate) -> Choice:
     """
     block_size = candidate.worker.block_size
     usable_blocks = max(demand.num_lookup_tokens - 1, 0) // block_size
-    cached_tokens = min(candidate.overlap_blocks, usable_blocks) * block_size
+    overlap_blocks = 0 if candidate.degraded else candidate.overlap_blocks
+    cached_tokens = min(overlap_blocks, usable_blocks) * block_size
     uncached_tokens = demand.num_tokens - cached_tokens
     tokens_per_ms = candidate.prefill_tokens_per_s / 1000
     return Choice(

@@ -70,6 +70,7 @@ def _view_choice(choice: Choice) -> dict[str, Any]:
         "worker": candidate.worker.worker_id,
         "slot": state.slot,
         "overlap_blocks": candidate.overlap_blocks,
+        "degraded": candidate.degraded,
         "cached_tokens": choice.cached_tokens,
         "uncached_tokens": choice.uncached_tokens,
         "backlog_tokens": state.backlog_tokens,

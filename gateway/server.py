@@ -17,6 +17,8 @@ from gateway.config import GatewayConfig, split_address
 from gateway.decide import KvRouter
 from gateway.envoy_services import cannot_listen, serve_envoy
 from gateway.fleet import Fleet
+from gateway.parity_probe import ParityProber
+from gateway.parity_watch import ParityWatch
 from gateway.probe import worker_client
 from gateway.rates import Rates
 from gateway.receipts import Receipts
@@ -57,6 +59,10 @@ async def run(config: GatewayConfig) -> None:
         await fleet.start()
         exits.push_async_callback(fleet.stop)
         await reader.prepare()
+        if config.parity_probe:
+            watch = ParityWatch(config, fleet, ParityProber(config, index, reader, client))
+            watch.start()
+            exits.push_async_callback(watch.stop)
         preparing = asyncio.create_task(_keep_prepared(reader, fleet))
         exits.callback(preparing.cancel)
         app = create_app(router, fleet, rates=rates, receipts=receipts)

@@ -126,6 +126,15 @@ class EngineApi:
             ) from error
 
 
+def cache_config(metrics: str, *, dp_rank: int = 0) -> dict[str, str]:
+    """Return the labels of `vllm:cache_config_info` of one rank, such as `block_size`; empty without it.
+
+    Raises:
+        EngineUnavailable: `metrics` is not Prometheus text.
+    """
+    return _Samples(metrics, str(dp_rank)).cache
+
+
 class _Samples:
     """One rank's figures out of a Prometheus text."""
 

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import math
 import time
-from typing import Protocol
+from typing import NamedTuple, Protocol
 
 import zmq
 
@@ -143,21 +143,39 @@ class ZmqEventSource:
 
     def _replay(self, first: int) -> list[tuple[int, bytes]]:
         """Return what the engine still has from sequence `first` on; nothing if it cannot be asked."""
-        messages: list[tuple[int, bytes]] = []
         if self._replay_endpoint is None:
-            return messages
-        socket: zmq.Socket[bytes] = zmq.Context.instance().socket(zmq.DEALER)
-        with socket:
-            socket.setsockopt(zmq.LINGER, 0)
-            socket.connect(self._replay_endpoint)
-            socket.send_multipart((b"", first.to_bytes(8, "big")))
-            while socket.poll(self._replay_timeout_ms):
-                frames = socket.recv_multipart()
-                if len(frames) < _NUM_FRAMES - 1:
-                    break  # whoever answers is no engine
-                *_, packed_sequence, payload = frames
-                sequence = int.from_bytes(packed_sequence, "big", signed=True)
-                if sequence == _END_OF_REPLAY:
-                    break
-                messages.append((sequence, payload))
-        return messages
+            return []
+        return replay(self._replay_endpoint, first, timeout_ms=self._replay_timeout_ms).messages
+
+
+class Replay(NamedTuple):
+    """What an engine's replay socket has said."""
+
+    messages: list[tuple[int, bytes]]
+    """Sequence and payload, ascending."""
+    is_whole: bool
+    """Whether it came to its end; False too if nobody answered."""
+
+
+def replay(endpoint: str, first: int, *, timeout_ms: int) -> Replay:
+    """Ask a replay socket for its messages from sequence `first` on. Blocking.
+
+    Args:
+        timeout_ms: longest wait for the next message.
+    """
+    messages: list[tuple[int, bytes]] = []
+    socket: zmq.Socket[bytes] = zmq.Context.instance().socket(zmq.DEALER)
+    with socket:
+        socket.setsockopt(zmq.LINGER, 0)
+        socket.connect(endpoint)
+        socket.send_multipart((b"", first.to_bytes(8, "big")))
+        while socket.poll(timeout_ms):
+            frames = socket.recv_multipart()
+            if len(frames) < _NUM_FRAMES - 1:
+                break  # whoever answers is no engine
+            *_, packed_sequence, payload = frames
+            sequence = int.from_bytes(packed_sequence, "big", signed=True)
+            if sequence == _END_OF_REPLAY:
+                return Replay(messages, is_whole=True)
+            messages.append((sequence, payload))
+    return Replay(messages, is_whole=False)

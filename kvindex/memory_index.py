@@ -212,6 +212,7 @@ class MemoryIndexReader:
             RegisteredWorker(
                 worker=slot.worker,
                 slot=slot.number,
+                lease_ms=slot.lease_ms,
                 lease_left_ms=int(slot.expires_ms - now_ms),
                 num_indexed_blocks=slot.state.num_blocks,
                 digest=f"{slot.state.digest:016x}",

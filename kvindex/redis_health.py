@@ -47,11 +47,20 @@ class ServerHealth(msgspec.Struct, frozen=True):
     nodes: tuple[NodeHealth, ...]
 
 
-class Finding(msgspec.Struct, frozen=True):
-    """Something that is wrong, in one line, with what to do."""
+class Finding(msgspec.Struct, frozen=True, kw_only=True):
+    """Something that is wrong with a server, what it costs, and what to do."""
 
     severity: Literal["error", "warning"]
-    text: str
+    where: str
+    what: str
+    """Follows the server's name."""
+    cost: str
+    cure: str
+
+    @property
+    def text(self) -> str:
+        """What is wrong and what to do, in one line."""
+        return f"Redis at {self.where} {self.what}: {self.cure}"
 
 
 async def examine(config: IndexConfig) -> ServerHealth:
@@ -102,38 +111,51 @@ def findings(health: ServerHealth) -> list[Finding]:
 
 
 def _findings(node: NodeHealth, topology: Topology) -> Iterator[Finding]:
+    def finding(severity: Literal["error", "warning"], what: str, *, cost: str, cure: str) -> Finding:
+        return Finding(severity=severity, where=node.where, what=what, cost=cost, cure=cure)
+
     if node.engine == "redis" and _numbers(node.version) < OLDEST_REDIS:
-        yield Finding(
-            "error", f"Redis at {node.where} is {node.version}: run 6.2 or newer, or any version of Valkey"
+        yield finding(
+            "error",
+            f"is {node.version}",
+            cost="the index's scripts may fail, and then nothing is published or matched",
+            cure="run 6.2 or newer, or any version of Valkey",
         )
     if node.role == "replica":
-        yield Finding(
+        yield finding(
             "error",
-            f"Redis at {node.where} is a replica and refuses writes: let the URL lead to the master, or to "
-            "Sentinels (redis+sentinel://)",
+            "is a replica and refuses writes",
+            cost="no worker can register, and those that have fade as their leases end",
+            cure="let the URL lead to the master, or to Sentinels (redis+sentinel://)",
         )
     if node.max_memory_bytes and node.maxmemory_policy != "noeviction":
-        yield Finding(
+        yield finding(
             "warning",
-            f"Redis at {node.where} may evict keys of the index ({node.maxmemory_policy}), which costs "
-            "resyncs: CONFIG SET maxmemory-policy noeviction",
+            f"may evict keys of the index ({node.maxmemory_policy})",
+            cost="blocks are missed until their workers notice and send all anew",
+            cure="CONFIG SET maxmemory-policy noeviction",
         )
     if node.max_memory_bytes and node.used_memory_bytes > _FULL * node.max_memory_bytes:
         share = node.used_memory_bytes / node.max_memory_bytes
-        yield Finding(
+        yield finding(
             "warning",
-            f"Redis at {node.where} uses {share:.0%} of its maxmemory: CONFIG SET maxmemory "
-            f"{2 * node.max_memory_bytes} or more",
+            f"uses {share:.0%} of its maxmemory",
+            cost="when it is full, new blocks are not indexed and new workers cannot register",
+            cure=f"CONFIG SET maxmemory {2 * node.max_memory_bytes} or more",
         )
     if node.latency_p50_ms > _SLOW_MS:
-        yield Finding(
+        yield finding(
             "warning",
-            f"Redis at {node.where} answers in {node.latency_p50_ms:.1f} ms, and every request waits for two "
-            "answers: move it nearer to the gateways",
+            f"answers in {node.latency_p50_ms:.1f} ms",
+            cost="every request waits for two such answers",
+            cure="move it nearer to the gateways, or find what keeps it busy (SLOWLOG GET)",
         )
     if topology is not Topology.SINGLE and not node.num_replicas:
-        yield Finding(
-            "warning", f"Redis at {node.where} has no replica: if it dies, its part of the index waits for it"
+        yield finding(
+            "warning",
+            "has no replica",
+            cost="if it dies, its part of the index waits for it",
+            cure="attach one (REPLICAOF)",
         )
 
 

@@ -193,6 +193,7 @@ class RedisIndexReader:
             RegisteredWorker(
                 worker=msgspec.json.decode(worker, type=Worker),
                 slot=slot,
+                lease_ms=row.lease_ms,
                 lease_left_ms=int(row.expires_ms - fleet.now_ms),
                 num_indexed_blocks=num_blocks,
                 digest=f"{_read_digest(digest):016x}",
@@ -285,6 +286,7 @@ class RedisIndexReader:
 
 class _Row(NamedTuple):
     expires_ms: float
+    lease_ms: int
     epoch: int
     state: WorkerState
 
@@ -300,14 +302,14 @@ class _Rows(NamedTuple):
 @functools.lru_cache(maxsize=4096)
 def _read_row(slot: int, packed: bytes) -> _Row:
     """Most rows are the same as in the answer before."""
-    expires_ms, _, epoch, tokens, requests, *load = LIVE_ROW.unpack(packed)
+    expires_ms, lease_ms, epoch, tokens, requests, *load = LIVE_ROW.unpack(packed)
     state = WorkerState(
         slot=slot,
         load=Load(**dict(zip(Load.__struct_fields__, load, strict=True))),
         charged_tokens=tokens,
         charged_requests=requests,
     )
-    return _Row(expires_ms, epoch, state)
+    return _Row(expires_ms, lease_ms, epoch, state)
 
 
 @functools.lru_cache(maxsize=64)

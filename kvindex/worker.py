@@ -126,6 +126,8 @@ class RegisteredWorker(msgspec.Struct, frozen=True, kw_only=True):
 
     worker: Worker
     slot: int
+    lease_ms: int
+    """As granted; what is gone of it is the age of the last heartbeat."""
     lease_left_ms: int
     num_indexed_blocks: int
     digest: str

@@ -45,7 +45,7 @@ def create_app(router: KvRouter, fleet: Fleet, *, rates: Rates, receipts: Receip
 
     @app.get("/fleet")
     async def show_fleet() -> Response:
-        """Return every live worker with its load, rate and blocks."""
+        """Return every live worker with its load, rate, blocks and parity, and the state of every pool."""
         snapshot = fleet.snapshot
 
         def view(registered: RegisteredWorker) -> dict[str, Any]:
@@ -56,11 +56,24 @@ def create_app(router: KvRouter, fleet: Fleet, *, rates: Rates, receipts: Receip
                 "pool_id": worker.pool.pool_id,
                 "models": sorted(snapshot.served_names(worker)),
                 "reachable": worker.endpoint not in snapshot.unreachable,
+                "parity": snapshot.parity_of(worker),
                 "prefill_tokens_per_s": rates.prefill_tokens_per_s(worker),
                 "requests_from_here": router.requests_in_flight.get(worker.worker_id, 0),
             }
 
-        return _json({"failure": fleet.failure, "workers": [view(each) for each in snapshot.workers()]})
+        pools = [
+            {"pool_id": pool.pool_id, "model": pool.model, "block_size": pool.block_size}
+            | {"num_workers": len(live.workers), "parity": snapshot.pool_state(pool)}
+            for pool, live in snapshot.pools.items()
+        ]
+        return _json(
+            {
+                "failure": fleet.failure,
+                "parity_probe": fleet.checks_parity,
+                "pools": pools,
+                "workers": [view(each) for each in snapshot.workers()],
+            }
+        )
 
     @app.get("/decisions")
     async def latest_decisions(limit: Annotated[int, Query(ge=1, le=1000)] = 50) -> Response:
@@ -112,6 +125,7 @@ def _view_overlap(choice: Choice) -> dict[str, Any]:
         "worker": candidate.worker.worker_id,
         "matched_blocks": candidate.overlap_blocks,
         "matched_tokens": candidate.overlap_blocks * candidate.worker.block_size,
+        "degraded": candidate.degraded,
     }
 
 

@@ -93,7 +93,9 @@ def run_stack(tokenizer: Path) -> Iterator[Stack]:
         cache = stack.enter_context(_register(index_config(redis_url), engines, tokenizer))
         processes = stack.enter_context(child_processes(logs))
         listen = ["--listen", gateway, "--admin-listen", gateway_admin, "--redis-url", redis_url]
-        pids[KVLANE] = processes.start("gateway", kvlane("gateway", *listen))
+        # The engines have no cache that a probe could check.
+        unchecked = {"KVLANE_PARITY_PROBE": "false"}
+        pids[KVLANE] = processes.start("gateway", kvlane("gateway", *listen), unchecked)
         _wait_until_ready(processes, gateway_admin)
         addresses = {name: free_address() for name in envoys}
         for name, arguments in envoys.items():

@@ -13,7 +13,7 @@ import typer
 from rich.console import Console, RenderableType
 
 from kvindex.blocks import format_hash, parse_hash
-from kvindex.commands import inspect_index, inspect_view
+from kvindex.commands import inspect_index, inspect_parity, inspect_view
 from kvindex.config import index_config
 from kvindex.errors import AdminUnavailable, ConfigError
 
@@ -36,17 +36,23 @@ DEFAULT_ADMIN = "http://127.0.0.1:9003"
 
 
 @app.command()
-def workers(redis_url: RedisUrl = DEFAULT_REDIS, as_json: AsJson = False) -> None:
-    """List the live workers with their load and indexed blocks."""
+def workers(
+    redis_url: RedisUrl = DEFAULT_REDIS, admin: AdminUrl = DEFAULT_ADMIN, as_json: AsJson = False
+) -> None:
+    """List the live workers with their load and indexed blocks, and what a gateway holds of them."""
     found = asyncio.run(inspect_index.read_workers(index_config(redis_url)))
-    _show(found, inspect_view.workers(found), as_json)
+    parity = inspect_parity.of_workers(_fleet(admin))
+    _show(inspect_parity.joined(found, parity), inspect_view.workers(found, parity), as_json)
 
 
 @app.command()
-def pools(redis_url: RedisUrl = DEFAULT_REDIS, as_json: AsJson = False) -> None:
+def pools(
+    redis_url: RedisUrl = DEFAULT_REDIS, admin: AdminUrl = DEFAULT_ADMIN, as_json: AsJson = False
+) -> None:
     """List the pools: workers whose block hashes can be compared."""
     found = asyncio.run(inspect_index.read_pools(index_config(redis_url)))
-    _show(found, inspect_view.pools(found), as_json)
+    parity = inspect_parity.of_pools(_fleet(admin))
+    _show(inspect_parity.joined(found, parity), inspect_view.pools(found, parity), as_json)
 
 
 @app.command()
@@ -122,6 +128,14 @@ def _only_model(admin: str) -> str:
     if len(models) > 1:
         raise ConfigError(f"the fleet serves {', '.join(models)}: name one with --model")
     return models[0]
+
+
+def _fleet(admin: str) -> dict[str, Any] | None:
+    """Return the gateway's view of the fleet; None, and nothing is amiss, where no gateway answers."""
+    try:
+        return _ask(admin, "GET", "/fleet")
+    except AdminUnavailable:
+        return None
 
 
 def _ask(admin: str, method: str, path: str, body: object = None) -> dict[str, Any]:

@@ -11,6 +11,7 @@ from rich.table import Table
 from rich.text import Text
 
 from kvindex.commands.inspect_index import HolderView, PoolView
+from kvindex.commands.inspect_parity import UNKNOWN
 from kvindex.keys import POOLS
 from kvindex.worker import RegisteredWorker
 
@@ -28,19 +29,20 @@ def _table(title: str, left: Sequence[str], right: Sequence[str], rows: Iterable
     return table
 
 
-def workers(found: Sequence[RegisteredWorker]) -> RenderableType:
-    """Show workers and their load."""
+def workers(found: Sequence[RegisteredWorker], parity: Mapping[str, str]) -> RenderableType:
+    """Show workers, their load, and what a gateway holds of them, by incarnation."""
     if not found:
         return Text(f"No worker is live: no pool named by {POOLS} has one with a valid lease. {HOW_TO_JOIN}")
     return _table(
         "workers",
-        ["worker", "model", "engine"],
+        ["worker", "model", "engine", "parity"],
         ["slot", "blocks indexed", "KV in use", "running", "waiting", "backlog tokens", "lease"],
         (
             (
                 each.worker.worker_id,
                 each.worker.model,
                 f"{each.worker.engine} ({each.worker.publisher})".lstrip(),
+                parity.get(each.worker.incarnation, UNKNOWN),
                 str(each.slot),
                 f"{each.num_indexed_blocks:,} of {each.worker.num_blocks:,}",
                 f"{each.load.kv_usage:.0%}",
@@ -54,19 +56,20 @@ def workers(found: Sequence[RegisteredWorker]) -> RenderableType:
     )
 
 
-def pools(found: Sequence[PoolView]) -> RenderableType:
-    """Show pools."""
+def pools(found: Sequence[PoolView], parity: Mapping[str, str]) -> RenderableType:
+    """Show pools, and what a gateway holds of them, by pool id."""
     if not found:
         return Text(f"No pool: {POOLS} is empty, so no worker has ever registered here. {HOW_TO_JOIN}")
     return _table(
         "pools",
-        ["pool", "model", "hash scheme"],
+        ["pool", "model", "hash scheme", "parity"],
         ["block size", "workers", "blocks indexed"],
         (
             (
                 each.pool_id,
                 each.model,
                 each.scheme,
+                parity.get(each.pool_id, UNKNOWN),
                 str(each.block_size),
                 str(each.num_workers),
                 f"{each.num_indexed_blocks:,} of {each.num_blocks:,}",

@@ -13,8 +13,9 @@ pytestmark = pytest.mark.envoy
 
 
 @pytest.fixture
-def fleet(tmp_path) -> Iterator[LocalFleet]:
-    """Two slow workers: a prompt of 1,000 tokens takes two seconds."""
+def fleet(tmp_path, monkeypatch) -> Iterator[LocalFleet]:
+    """Two slow workers, which no probe keeps busy: a prompt of 1,000 tokens takes two seconds."""
+    monkeypatch.setenv("KVLANE_PARITY_PROBE", "false")
     with simulated_fleet(tmp_path, "--prefill-tokens-per-s", "500", num_workers=2) as fleet:
         yield fleet
 

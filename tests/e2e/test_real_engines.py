@@ -19,7 +19,8 @@ from prometheus_client.parser import text_string_to_metric_families
 
 from deploy.demo.model import ENGINE_ENV, NAME
 from gateway.local_fleet import FleetOptions, LocalFleet, free_address, local_fleet, serve_command
-from tests.support.fleet import eventually, registered, settled
+from tests.support.doctor import report
+from tests.support.fleet import eventually, parities, registered, settled
 from tests.support.lora_adapter import RANK, make_adapter
 from tests.support.vllm_engine import tiny_model
 
@@ -102,6 +103,15 @@ def test_the_second_turn_is_served_from_the_cache_of_the_worker_that_has_the_fir
     # What the index promised is what the engine found.
     assert gained[second.worker] == second.matched_tokens
     assert sum(gained.values()) == gained[second.worker]
+
+
+def test_the_engines_are_exact_and_the_doctor_finds_no_problem(fleet):
+    assert {each["state"] for each in parities(fleet).values()} == {"exact"}
+    assert len(parities(fleet)) == len(fleet.engines)
+    found = report("--redis-url", fleet.redis_url, "--admin", fleet.admin_url)
+    assert found["num_problems"] == 0, found
+    exact = [each["subject"] for each in found["findings"] if each["what"].startswith("exact: ")]
+    assert exact == [f"worker {engine}" for engine in sorted(fleet.engines)]
 
 
 def test_a_salt_shares_nothing_with_another_or_with_none(fleet):

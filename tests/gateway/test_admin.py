@@ -9,6 +9,7 @@ from gateway.decide import KvRouter
 from gateway.decision import End, HttpRequest
 from gateway.errors import RequestError, TokenizerError
 from gateway.fleet import Fleet
+from gateway.parity import Parity, Reason, State, degraded
 from gateway.probe import worker_client
 from gateway.rates import Rates
 from gateway.receipts import Receipts
@@ -124,7 +125,8 @@ async def test_metrics_count_decisions(admin, gateway):
 
 
 async def test_fleet_shows_workers_with_load_rates_and_blocks(admin, gateway):
-    assert (await admin.get("/fleet")).json() == {"failure": "the index has not been read yet", "workers": []}
+    empty = {"parity_probe": True, "pools": [], "workers": []}
+    assert (await admin.get("/fleet")).json() == {"failure": "the index has not been read yet", **empty}
     await gateway.fleet.poll()
     decision = await decide(gateway)
     await gateway.fleet.poll()
@@ -137,6 +139,26 @@ async def test_fleet_shows_workers_with_load_rates_and_blocks(admin, gateway):
     assert worker["reachable"] is True
     assert (worker["requests_from_here"], worker["charged_requests"]) == (1, 1)
     await gateway.router.finish(decision.decision_id, End.COMPLETE)
+
+
+async def test_fleet_and_metrics_show_what_is_known_of_workers_and_pools(admin, gateway):
+    await gateway.fleet.poll()
+    fleet = (await admin.get("/fleet")).json()
+    assert fleet["workers"][0]["parity"]["state"] == fleet["pools"][0]["parity"] == "checking"
+    (registered,) = gateway.fleet.snapshot.workers()
+    verdict = degraded(registered.worker, Reason.TOKENS, "they differ")
+    gateway.fleet.note_parity(registered.worker, verdict)
+    fleet = (await admin.get("/fleet")).json()
+    parity = fleet["workers"][0]["parity"]
+    assert (parity["state"], parity["reason"], parity["detail"]) == ("degraded", "tokens", "they differ")
+    assert parity["cure"] == verdict.cure
+    assert fleet["pools"][0]["parity"] == "degraded"
+    text = (await admin.get("/metrics")).text
+    assert 'kvlane_gateway_workers{state="degraded"} 1.0' in text
+    assert 'kvlane_gateway_workers{state="exact"} 0.0' in text
+    assert 'kvlane_gateway_pool_exact{block_size="16",model="tiny"} 0.0' in text
+    gateway.fleet.note_parity(registered.worker, Parity(state=State.EXACT))
+    assert 'kvlane_gateway_pool_exact{block_size="16",model="tiny"} 1.0' in (await admin.get("/metrics")).text
 
 
 async def test_decisions_are_found_by_both_ids(admin, gateway):
@@ -170,7 +192,7 @@ async def test_prefix_asks_as_a_completion_or_a_chat(admin, gateway):
         "model": "tiny",
         "prompt_tokens": 100,
         "inexact": None,
-        "workers": [{"worker": "a:1", "matched_blocks": 2, "matched_tokens": 32}],
+        "workers": [{"worker": "a:1", "matched_blocks": 2, "matched_tokens": 32, "degraded": None}],
     }
     chat = b'{"model":"tiny","messages":[],"tools":[]}'
     await admin.post("/prefix", content=chat)

@@ -12,6 +12,7 @@ from gateway.decide import KvRouter, named_model
 from gateway.decision import End, HttpRequest, Served
 from gateway.errors import RequestError, TokenizerError
 from gateway.fleet import Fleet
+from gateway.parity import Reason, degraded
 from gateway.probe import ModelCard, worker_client
 from gateway.rates import Rates
 from gateway.receipts import Receipts
@@ -586,3 +587,42 @@ async def test_a_new_worker_is_known_at_its_first_match(bench):
 @pytest.mark.parametrize("body", [b"", b"[]", b'{"model": 3}', b"\xff\xfe", b'{"model": "\xff"}', b"{"])
 def test_a_body_without_a_readable_model_names_none(body):
     assert named_model(body) is None
+
+
+@pytest.mark.parametrize(
+    ("reason", "matched_tokens", "fallback"),
+    [(Reason.HASHES, "0", "parity_hashes"), (Reason.TOKENIZER, "384", None)],
+)
+async def test_a_degraded_worker_is_chosen_by_load_and_the_answer_says_so(
+    bench, reason, matched_tokens, fallback
+):
+    await bench.join("a:1", blocks=hash_blocks(root_hash("tiny"), PROMPT, 16))
+    worker, _ = bench.slots["a:1"]
+    bench.fleet.note_parity(worker, degraded(worker, reason, "they differ"))
+    decision = await bench.decide()
+    assert decision.response_headers["x-kvlane-matched-tokens"] == matched_tokens
+    assert decision.response_headers.get("x-kvlane-fallback") == fallback
+    receipt = bench.receipts.get(decision.decision_id)
+    assert receipt.mode == ("load" if fallback else "overlap")
+    (candidate,) = receipt.view()["candidates"]
+    assert (candidate["overlap_blocks"], candidate["degraded"]) == (25, reason if fallback else None)
+
+
+async def test_an_exact_worker_is_chosen_by_overlap_beside_a_degraded_one(bench):
+    blocks = hash_blocks(root_hash("tiny"), PROMPT, 16)
+    await bench.join("right:1", "wrong:1", blocks=blocks)
+    worker, _ = bench.slots["wrong:1"]
+    bench.fleet.note_parity(worker, degraded(worker, Reason.TOKENS, "they differ"))
+    decision = await bench.decide()
+    assert decision.response_headers["x-kvlane-worker"] == "right:1"
+    assert "x-kvlane-fallback" not in decision.response_headers
+
+
+async def test_nothing_is_learned_from_a_worker_whose_cache_is_not_known(bench):
+    await bench.join("a:1")
+    worker, _ = bench.slots["a:1"]
+    bench.fleet.note_parity(worker, degraded(worker, Reason.TOKENS, "they differ"))
+    before = bench.rates.prefill_tokens_per_s(worker)
+    decision = await bench.decide(stream=True)
+    bench.router.record(served(decision, worker="a:1", ttft_ms=1.0))
+    assert bench.rates.prefill_tokens_per_s(worker) == before

@@ -4,6 +4,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
+from gateway.parity import Reason
 from gateway.plan import TIE_MS, TIE_SHARE, Candidate, Demand, Terms, least_loaded, obstacle, plan, weigh
 from kvindex.worker import Load, WorkerState
 from tests.support.workers import make_worker
@@ -20,6 +21,7 @@ def candidate(
     fill: float = 0.0,
     rate: float = 1000.0,
     slot: int = 0,
+    degraded: Reason | None = None,
 ) -> Candidate:
     load = Load(waiting_prefill_tokens=backlog, running_requests=running, kv_usage=usage)
     state = WorkerState(slot=slot, load=load, charged_tokens=charged, charged_requests=int(charged > 0))
@@ -29,6 +31,7 @@ def candidate(
         overlap_blocks=overlap,
         prefill_tokens_per_s=rate,
         cache_fill=fill,
+        degraded=degraded,
     )
 
 
@@ -59,6 +62,12 @@ def test_a_full_hit_leaves_the_block_of_the_last_token_to_compute(num_tokens, ca
 def test_only_the_prompt_that_was_looked_up_can_be_cached():
     asked = demand(300, num_lookup_tokens=100)
     assert weigh(asked, candidate(overlap=100)).uncached_tokens == 300 - 96
+
+
+def test_the_overlap_of_a_degraded_worker_does_not_count():
+    wrong = candidate("wrong:1", overlap=90, degraded=Reason.HASHES)
+    assert (weigh(demand(1600), wrong).cached_tokens, weigh(demand(1600), wrong).uncached_tokens) == (0, 1600)
+    assert names(plan(demand(1600), [wrong, candidate("right:1", overlap=40)], seed=1))[0] == "right:1"
 
 
 def test_overlap_wins_until_the_queue_costs_more():

@@ -24,6 +24,7 @@ import zmq
 from kvindex.publisher import LoadReport
 from kvindex.worker import Load, new_incarnation
 from tests.support.block_cache import BlockCache
+from tests.support.engine_flaws import distorted
 
 DECISION_ID = re.compile(r"-kv([0-9a-f]{16})$")
 END_OF_REPLAY = (-1).to_bytes(8, "big", signed=True)
@@ -53,9 +54,15 @@ class AllBlocksCleared(msgspec.Struct, tag=True, omit_defaults=True):
 
 
 class EventStream:
-    """Publishes event batches as vLLM does, and replays them to who asks. Used from one thread."""
+    """Publishes event batches as vLLM does, and replays them to who asks. Used from one thread.
 
-    def __init__(self, endpoint: str, replay_endpoint: str | None) -> None:
+    Args:
+        options: `events` and `replay` say where; flaws (`engine_flaws`), what comes out instead.
+    """
+
+    def __init__(self, options: argparse.Namespace) -> None:
+        self._options = options
+        endpoint, replay_endpoint = options.events, options.replay
         context = zmq.Context.instance()
         self._pub = context.socket(zmq.PUB)
         self._pub.bind(endpoint)
@@ -67,11 +74,21 @@ class EventStream:
             threading.Thread(target=self._replay, args=(router,), daemon=True).start()
 
     def publish(self, *events: object) -> None:
+        told = [flawed for event in events if (flawed := distorted(self._options, event)) is not None]
+        if told and self._options.event_delay_s:
+            asyncio.get_running_loop().call_later(self._options.event_delay_s, self._send, told)
+        elif told:
+            self._send(told)
+
+    def _send(self, events: list[object]) -> None:
         payload = msgspec.msgpack.encode((time.time(), events, 0))
         sequence = self._sequence.to_bytes(8, "big")
         self._sequence += 1
         self._sent.append((sequence, payload))
         self._pub.send_multipart((b"", sequence, payload))
+
+    def close(self) -> None:
+        self._pub.close(linger=0)
 
     def _replay(self, router: zmq.Socket[bytes]) -> None:
         while True:
@@ -230,7 +247,7 @@ class Metrics:
         self._waiting = self._make(prometheus_client.Gauge, "vllm:num_requests_waiting")
         self._usage = self._make(prometheus_client.Gauge, "vllm:kv_cache_usage_perc")
         config = {"block_size": str(options.block_size), "num_gpu_blocks": str(options.num_blocks)}
-        info = {**config, "enable_prefix_caching": "True", "engine": "0"}
+        info = {**config, "enable_prefix_caching": str(not options.no_prefix_caching), "engine": "0"}
         name = "vllm:cache_config_info"
         prometheus_client.Gauge(name, "cache", list(info), registry=self.registry).labels(**info).set(1)
 

@@ -35,17 +35,19 @@ from kvindex.event_source import ZmqEventSource
 from kvindex.publisher import Publisher
 from kvindex.redis_index import RedisIndexWriter
 from kvindex.worker import Worker, new_incarnation
+from tests.support import engine_flaws
 from tests.support.engine_core import Engine, EventStream, Running
 
 
 class Prompts:
     """Renders requests with the tiny model's own files."""
 
-    def __init__(self, directory: Path) -> None:
+    def __init__(self, directory: Path, template: Path | None = None) -> None:
         self.tokenizer = Tokenizer.from_file(str(directory / "tokenizer.json"))
         environment = jinja2.sandbox.ImmutableSandboxedEnvironment(trim_blocks=True, lstrip_blocks=True)
         environment.filters["tojson"] = lambda value: json.dumps(value, ensure_ascii=False)
-        self._template = environment.from_string((directory / "chat_template.jinja").read_text())
+        template = template or directory / "chat_template.jinja"
+        self._template = environment.from_string(template.read_text())
 
     def encode(self, text: str) -> list[int]:
         return self.tokenizer.encode(text).ids
@@ -76,7 +78,7 @@ class Api:
     ) -> None:
         self.options = options
         self.engine = engine
-        self.prompts = Prompts(options.tokenizer)
+        self.prompts = Prompts(options.tokenizer, options.chat_template)
         self.finished: list[dict[str, Any]] = []
         self.app = Starlette(
             lifespan=lifespan,
@@ -84,6 +86,7 @@ class Api:
                 Route("/v1/chat/completions", self.chat, methods=["POST"]),
                 Route("/v1/completions", self.completions, methods=["POST"]),
                 Route("/v1/embeddings", self.embeddings, methods=["POST"]),
+                *([] if options.no_tokenize else [Route("/tokenize", self.tokenize, methods=["POST"])]),
                 Route("/v1/models", self.models),
                 Route("/health", lambda _: Response()),
                 Route("/metrics", lambda _: Response(engine.metrics.render(engine.load()))),
@@ -103,6 +106,14 @@ class Api:
     async def embeddings(self, request: Request) -> Response:
         body = await request.json()
         return await self.generate(request, body | {"max_tokens": 0}, self.prompts.completions(body), "list")
+
+    async def tokenize(self, request: Request) -> Response:
+        body = await request.json()
+        if body["model"] not in (self.options.model, *self.options.lora):
+            return error(404, f"The model `{body['model']}` does not exist.", "NotFoundError")
+        tokens = self.prompts.chat(body) if "messages" in body else self.prompts.encode(body["prompt"])
+        answer = {"count": len(tokens), "max_model_len": self.options.max_model_len, "tokens": tokens}
+        return JSONResponse(answer | {"token_strs": None})
 
     async def generate(
         self, request: Request, body: dict[str, Any], prompts: Sequence[list[int]], kind: str
@@ -227,9 +238,10 @@ async def disconnected(request: Request) -> None:
         pass
 
 
-async def serve(options: argparse.Namespace) -> None:
-    """Run until the process is told to stop."""
-    engine = Engine(options, EventStream(options.events, options.replay))
+def server(options: argparse.Namespace) -> uvicorn.Server:
+    """Return the server of an engine; call on the event loop that will run it."""
+    events = EventStream(options)
+    engine = Engine(options, events)
 
     @contextlib.asynccontextmanager
     async def lifespan(_: Starlette) -> AsyncIterator[None]:
@@ -237,10 +249,17 @@ async def serve(options: argparse.Namespace) -> None:
         yield
         if publisher is not None:
             publisher.stop()
+        events.close()
 
     app = Api(options, engine, lifespan).app
-    config = uvicorn.Config(app, port=options.port, log_level="warning", timeout_graceful_shutdown=1)
-    await uvicorn.Server(config).serve()
+    return uvicorn.Server(
+        uvicorn.Config(app, port=options.port, log_level="warning", timeout_graceful_shutdown=1)
+    )
+
+
+async def serve(options: argparse.Namespace) -> None:
+    """Run until the process is told to stop."""
+    await server(options).serve()
 
 
 def publish(options: argparse.Namespace, engine: Engine) -> Publisher:
@@ -258,12 +277,14 @@ def publish(options: argparse.Namespace, engine: Engine) -> Publisher:
         engine="simulated",
     )
     source = ZmqEventSource(options.events, options.replay)
+    worker = engine_flaws.registered(options, worker)
     publisher = Publisher(worker, config, RedisIndexWriter(config), source, engine.report)
     publisher.start()
     return publisher
 
 
-def main() -> None:
+def parse(arguments: Sequence[str] | None = None) -> argparse.Namespace:
+    """Return the options; None: those of this process."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--port", type=int, required=True)
     parser.add_argument("--redis-url", default="")
@@ -278,8 +299,9 @@ def main() -> None:
     parser.add_argument("--lease-ms", type=int, default=1_000)
     parser.add_argument("--events", default="inproc://kv-events")
     parser.add_argument("--replay")
-    asyncio.run(serve(parser.parse_args()))
+    engine_flaws.add_flags(parser)
+    return parser.parse_args(arguments)
 
 
 if __name__ == "__main__":
-    main()
+    asyncio.run(serve(parse()))

@@ -20,22 +20,30 @@ from tests.support.vllm_engine import tiny_model
 LEASE_S = 1.0
 
 
-def simulated(*arguments: str) -> EngineCommand:
-    """Return what starts simulated engines with these arguments."""
+def simulated(*arguments: str, each: Sequence[Sequence[str]] = ()) -> EngineCommand:
+    """Return what starts simulated engines with these arguments.
+
+    Args:
+        each: further arguments of the first engine, of the second and so on.
+    """
     tokenizer = str(tiny_model())
+    own: dict[int, Sequence[str]] = {}
 
     def command(port: int, redis_url: str) -> Sequence[str]:
+        flags = own.setdefault(port, each[len(own)] if len(own) < len(each) else ())
         where = ("--port", str(port), "--redis-url", redis_url, "--tokenizer", tokenizer)
         lease = ("--lease-ms", str(int(1000 * LEASE_S)))
-        return [sys.executable, "-m", "tests.support.engine_sim", *where, *lease, *arguments]
+        return [sys.executable, "-m", "tests.support.engine_sim", *where, *lease, *arguments, *flags]
 
     return command
 
 
 @contextmanager
-def simulated_fleet(logs: Path, *arguments: str, num_workers: int = 3) -> Iterator[LocalFleet]:
-    """Run a fleet of simulated engines; ready when entered."""
-    options = FleetOptions(simulated(*arguments), num_workers=num_workers, start_timeout_s=60)
+def simulated_fleet(
+    logs: Path, *arguments: str, num_workers: int = 3, each: Sequence[Sequence[str]] = ()
+) -> Iterator[LocalFleet]:
+    """Run a fleet of simulated engines; ready when entered. See `simulated` for `each`."""
+    options = FleetOptions(simulated(*arguments, each=each), num_workers=num_workers, start_timeout_s=60)
     with local_fleet(options, logs) as fleet:
         fleet.wait_until_ready()
         yield fleet
@@ -88,6 +96,12 @@ def settled(fleet: LocalFleet) -> None:
         return len(seen) > 2 and None not in seen[-3:] and len(set(seen[-3:])) == 1
 
     eventually(unchanged)
+
+
+def parities(fleet: LocalFleet) -> dict[str, dict[str, object]]:
+    """Return the gateway's verdict on every live worker, by endpoint."""
+    workers = httpx.get(f"{fleet.admin_url}/fleet").json()["workers"]
+    return {each["worker"]["endpoint"]: each["parity"] for each in workers}
 
 
 def seen_by(fleet: LocalFleet, engine: str) -> list[dict[str, object]]:

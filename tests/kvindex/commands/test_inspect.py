@@ -109,7 +109,27 @@ def test_pools(redis_url, worker):
         "num_workers": 1,
         "num_blocks": 4000,
         "num_indexed_blocks": 2,
+        "parity": None,
     }
+
+
+@pytest.mark.parametrize(
+    ("parity", "said"),
+    [
+        ({"state": "exact", "reason": None}, "exact"),
+        ({"state": "degraded", "reason": "tokens"}, "degraded (tokens)"),
+    ],
+)
+def test_what_a_gateway_holds_of_workers_and_pools(redis_url, worker, admin, parity, said):
+    url, answers, _ = admin
+    known = {"worker": {"incarnation": worker.incarnation}, "parity": parity}
+    pools = [{"pool_id": worker.pool.pool_id, "parity": parity["state"]}]
+    answers["GET", "/fleet"] = (200, {"workers": [known], "pools": pools})
+    where = ("--redis-url", redis_url, "--admin", url)
+    assert said in inspect("workers", *where, COLUMNS="250").stdout
+    assert json.loads(inspect("workers", *where, "--json").stdout)[0]["parity"] == said
+    assert parity["state"] in inspect("pools", *where).stdout
+    assert json.loads(inspect("pools", *where, "--json").stdout)[0]["parity"] == parity["state"]
 
 
 @pytest.mark.parametrize("written", ["beef", "0xBEEF", "000000000000beef"])

@@ -1,0 +1,1 @@
+"""What `kvlane doctor` looks at: each check is a pure function from what was seen to findings."""
