@@ -6,7 +6,9 @@ import re
 from collections.abc import Iterator
 from contextlib import contextmanager
 
+from redis.asyncio.sentinel import MasterNotFoundError as AsyncMasterNotFoundError
 from redis.exceptions import MovedError, RedisClusterException, RedisError
+from redis.sentinel import MasterNotFoundError
 
 from kvindex.errors import IndexFull, IndexRefused, IndexUnavailable
 from kvindex.redis_url import RedisUrl
@@ -21,6 +23,7 @@ _RIGHTS = "give the user the rights that docs/operations.md lists"
 _REFUSALS = {
     "without any password configured": "take user and password out of the URL, or give it a password",
     "Authentication required": "write user and password into the URL: redis://user:password@host",
+    "asking: .*AuthenticationError": "correct sentinel_username and sentinel_password in the URL",
     "invalid username-password|invalid password": "correct user and password in the URL",
     "[Nn]o permissions|can't run this command|can't access at least one": _RIGHTS,
     "unknown command": "kvlane needs Redis 6.2 or newer, or Valkey, and none of its commands renamed",
@@ -80,5 +83,10 @@ def _translated(error: Exception, url: RedisUrl) -> IndexUnavailable:
 def _said(error: Exception) -> str:
     """Return the error's own words, in one line, without where in a script it was met."""
     words = f"MOVED {error}" if isinstance(error, MovedError) else " ".join(str(error).split())
+    if isinstance(error, (MasterNotFoundError, AsyncMasterNotFoundError)):
+        # What follows shows client objects, with all that they were made of.
+        words, _, rest = words.partition(" : ")
+        kinds = sorted(set(re.findall(r" - (?:\w+:)?(\w+Error)\b", rest)))
+        words += f" (of asking: {', '.join(kinds)})" if kinds else ""
     words = _SCRIPT_FRAME.sub("", words).strip().removeprefix("-").removesuffix(".")
     return words or type(error).__name__

@@ -16,8 +16,9 @@ from kvindex.redis_connection import AsyncConnection
 from kvindex.redis_index import RedisIndexReader, RedisIndexWriter
 from kvindex.worker import Batch, Load
 from tests.support.cli import kvlane
+from tests.support.ports import free_ports
 from tests.support.redis_server import valkey_binary
-from tests.support.redis_topology import RedisProcess, server, wait_until
+from tests.support.redis_topology import SERVICE, RedisProcess, sentinel, server, wait_until
 from tests.support.relay import relay
 from tests.support.waiting import eventually
 from tests.support.workers import make_worker
@@ -271,6 +272,7 @@ def test_a_server_of_another_kind(engine, redis_sentinels, valkey_cluster):
     sentinel = redis_sentinels.url.split(",")[0].replace("+sentinel", "")
     refused(sentinel, "unknown command .*kvlane needs Redis 6.2", IndexRefused)
     refused(redis_sentinels.url.replace("/kvlane", "/another"), "No master found for 'another'")
+    refused("redis+sentinel://127.0.0.1:1/kvlane", r"for 'kvlane' \(of asking: ConnectionError\)$")
     hint = "if it does not speak TLS on this port, write redis://"
     with writing(f"rediss://{host}", 0.5) as writer, pytest.raises(IndexUnavailable, match=hint):
         writer.open_slot(WORKER, lease_ms=LEASE_MS)
@@ -292,3 +294,22 @@ def test_a_refused_command_ends_with_one_line_and_the_code_of_a_wrong_setting():
     (line,) = ended.stderr.splitlines()
     assert line.endswith("correct user and password in the URL")
     assert "wr0ng" not in line
+
+
+def test_sentinels_have_a_login_of_their_own():
+    (port,) = free_ports(1)
+    with server() as master, sentinel(port, master.port, "requirepass s", f"sentinel auth-pass {SERVICE} m"):
+        with master.client() as client:
+            client.config_set("requirepass", "m")
+        with redis.Redis(port=port, password="s") as client:
+            wait_until(client.ping)
+        url = f"redis+sentinel://:m@127.0.0.1:{port}/{SERVICE}"
+        for own in ("", "?sentinel_password=wr0ng"):
+            said = refused(url + own, "correct sentinel_username and sentinel_password", IndexRefused)
+            assert "wr0ng" not in said
+            assert len(said) < 250
+        refused(
+            f"redis+sentinel://:x@127.0.0.1:{port}/{SERVICE}?sentinel_password=s", "correct", IndexRefused
+        )
+        with writing(f"{url}?sentinel_password=s") as writer:
+            assert writer.open_slot(WORKER, lease_ms=LEASE_MS) == 0

@@ -135,7 +135,7 @@ def sentinels(binary: Path | None = None) -> Iterator[Sentinels]:
             wait_until(lambda: client.info("replication")["master_link_status"] == "up")
         ports = free_ports(3)
         for port in ports:
-            stack.enter_context(_sentinel(port, master.port, binary))
+            stack.enter_context(sentinel(port, master.port, binary=binary))
         for port in ports:
             with redis.Redis(port=port, decode_responses=True) as client:
                 wait_until(lambda client=client: _knows_all(client))
@@ -143,20 +143,21 @@ def sentinels(binary: Path | None = None) -> Iterator[Sentinels]:
         yield Sentinels(master, replica, f"redis+sentinel://{hosts}/{SERVICE}", ports)
 
 
-def _knows_all(sentinel: redis.Redis) -> bool:
-    known = sentinel.info("sentinel")["master0"]
+def _knows_all(client: redis.Redis) -> bool:
+    known = client.info("sentinel")["master0"]
     return (known["slaves"], known["sentinels"]) == (1, 3)
 
 
 @contextmanager
-def _sentinel(port: int, master: int, binary: Path | None) -> Iterator[None]:
+def sentinel(port: int, master: int, *more: str, binary: Path | None = None) -> Iterator[None]:
+    """Run one of the Sentinels of the master on port `master`."""
     with tempfile.TemporaryDirectory(prefix="kvlane-test-sentinel-") as folder:
         config = Path(folder) / "sentinel.conf"
         settings = {"down-after-milliseconds": 1000, "failover-timeout": 5000, "parallel-syncs": 1}
         lines = [f"port {port}", "bind 127.0.0.1", f"dir {folder}", "logfile sentinel.log"]
         lines += [f"sentinel monitor {SERVICE} 127.0.0.1 {master} 2"]
         lines += [f"sentinel {name} {SERVICE} {value}" for name, value in settings.items()]
-        config.write_text("\n".join(lines))
+        config.write_text("\n".join([*lines, *more]))
         command = [str(binary or redis_server_binary()), str(config), "--sentinel"]
         process = subprocess.Popen(command, preexec_fn=embedded._die_with_parent)  # noqa: PLW1509
         try:
