@@ -15,6 +15,7 @@ from kvindex.keys import POOLS
 from kvindex.redis_connection import AsyncConnection
 from kvindex.redis_index import RedisIndexReader, RedisIndexWriter
 from kvindex.worker import Batch, Load
+from tests.support.cli import kvlane
 from tests.support.redis_server import valkey_binary
 from tests.support.redis_topology import RedisProcess, server, wait_until
 from tests.support.relay import relay
@@ -281,3 +282,13 @@ async def test_a_refusal_ends_a_start_as_a_wrong_setting_and_passes_in_a_running
         await AsyncConnection(config).call("PING")
     assert issubclass(IndexRefused, ConfigError)
     assert issubclass(IndexRefused, IndexUnavailable)
+
+
+def test_a_refused_command_ends_with_one_line_and_the_code_of_a_wrong_setting():
+    with server() as engine, engine.client() as client:
+        client.config_set("requirepass", "s3cret")
+        ended = kvlane("inspect", "pools", "--redis-url", f"redis://:wr0ng@127.0.0.1:{engine.port}")
+    assert ended.returncode == 2
+    (line,) = ended.stderr.splitlines()
+    assert line.endswith("correct user and password in the URL")
+    assert "wr0ng" not in line

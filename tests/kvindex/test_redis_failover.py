@@ -29,10 +29,11 @@ class Following:
         self._published = published
         self.num_answers = 0
         self.errors: list[IndexUnavailable] = []
+        self._stopping = False
         self._task = asyncio.create_task(self._follow())
 
     async def _follow(self) -> None:
-        while True:
+        while not self._stopping:
             try:
                 await self._published.reader.match(self._published.worker.pool, [1])
                 self.num_answers += 1
@@ -41,9 +42,9 @@ class Following:
             await asyncio.sleep(0.01)
 
     async def close(self) -> None:
-        self._task.cancel()
-        with contextlib.suppress(asyncio.CancelledError):
-            await self._task  # anything else that it met is raised here
+        # Not cancelled: until Python 3.12 `wait_for`, which redis-py uses, may swallow that.
+        self._stopping = True
+        await self._task
 
 
 @contextlib.asynccontextmanager

@@ -6,6 +6,7 @@ import asyncio
 import ssl
 import threading
 from collections.abc import Iterator
+from concurrent.futures import Future
 from contextlib import contextmanager, suppress
 
 
@@ -34,29 +35,21 @@ async def _copy(reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> N
 def relay(target_port: int, tls: ssl.SSLContext | None = None) -> Iterator[Relay]:
     """Run a relay to `target_port`; with `tls` its clients must speak TLS."""
     made = Relay(target_port)
-    loop = asyncio.new_event_loop()
-    listening = threading.Event()
+    started: Future[asyncio.AbstractEventLoop] = Future()
+    stopped = asyncio.Event()
 
     async def serve() -> None:
         server = await asyncio.start_server(made.pass_on, "127.0.0.1", 0, ssl=tls)
         made.port = server.sockets[0].getsockname()[1]
-        listening.set()
-        with suppress(asyncio.CancelledError):
-            await asyncio.Event().wait()
+        started.set_result(asyncio.get_running_loop())
+        await stopped.wait()
         server.close()
 
-    def run() -> None:
-        asyncio.set_event_loop(loop)
-        with asyncio.Runner(loop_factory=lambda: loop) as runner, suppress(asyncio.CancelledError):
-            tasks.append(loop.create_task(serve()))
-            runner.get_loop().run_until_complete(tasks[0])
-
-    tasks: list[asyncio.Task[None]] = []
-    thread = threading.Thread(target=run, daemon=True)
+    thread = threading.Thread(target=asyncio.run, args=(serve(),), daemon=True)
     thread.start()
+    loop = started.result(10)
     try:
-        assert listening.wait(10)
         yield made
     finally:
-        loop.call_soon_threadsafe(tasks[0].cancel)
+        loop.call_soon_threadsafe(stopped.set)
         thread.join(10)
