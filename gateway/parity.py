@@ -199,7 +199,7 @@ def difference(here: Sequence[int], there: Sequence[int]) -> str:
         min(len(here), len(there)),
     )
     return (
-        f"the engine makes {len(there)} tokens of the probe, the gateway {len(here)}; "
+        f"the engine makes {len(there)} tokens of the probe, kvlane {len(here)}; "
         f"they differ from token {first} on"
     )
 

@@ -89,7 +89,7 @@ def test_every_reason_has_a_cure_for_every_worker(publisher):
 
 
 def test_tokens_part_where_one_list_ends():
-    assert "5 tokens of the probe, the gateway 3" in difference((1, 2, 3), (1, 2, 3, 4, 5))
+    assert "5 tokens of the probe, kvlane 3" in difference((1, 2, 3), (1, 2, 3, 4, 5))
     assert "from token 3 on" in difference((1, 2, 3), (1, 2, 3, 4, 5))
 
 
