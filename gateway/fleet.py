@@ -195,10 +195,12 @@ class Fleet:
 
     async def stop(self) -> None:
         """Stop following. The last snapshot stays."""
-        for task in self._tasks:
-            task.cancel()
-        await asyncio.gather(*self._tasks, return_exceptions=True)
-        self._tasks = []
+        while self._tasks:
+            # On Python 3.11 asyncio.wait_for may swallow a cancellation; the next one arrives.
+            for task in self._tasks:
+                task.cancel()
+            _, pending = await asyncio.wait(self._tasks, timeout=0.5)
+            self._tasks = list(pending)
 
     async def poll(self) -> None:
         """Read pools and workers from the index now.
