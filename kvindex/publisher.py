@@ -18,7 +18,8 @@ from kvindex.config import PublisherConfig
 from kvindex.errors import EventsLost, IndexUnavailable, SlotLost, WorkerConflict
 from kvindex.event_source import EventSource
 from kvindex.events import AllBlocksCleared, BlockRemoved, BlockStored, EngineEvent
-from kvindex.index import MAX_BATCH, IndexWriter
+from kvindex.history import EventKind, Opening
+from kvindex.index import FIRST_OPENING, MAX_BATCH, IndexWriter
 from kvindex.outbox import Outbox
 from kvindex.worker import Load, SlotState, Worker
 
@@ -34,6 +35,8 @@ _ALARMING = {
     "attention": "the engine's first KV cache group is not full attention",
     "shape": "the engine's KV events do not carry one block of tokens for each block",
 }
+
+_KINDS = {"cleared": EventKind.CLEARED, "drift": EventKind.DRIFT}
 
 _log = structlog.get_logger(__name__)
 
@@ -84,6 +87,7 @@ class Publisher:
         self._state = BlockState(worker.model, worker.block_size)
         self._outbox = Outbox()
         self._slot: int | None = None
+        self._opening = FIRST_OPENING
         self._accepted: deque[str] = deque(maxlen=_MOST_ACCEPTED)
         self._reported: Load | None = None
         self._unwritten_since_s: float | None = None
@@ -125,7 +129,7 @@ class Publisher:
             events = self._source.poll(self._patience_s())
         except EventsLost as error:
             self._log.warning("KV events lost; starting over", reason=str(error))
-            self._forget("events_lost")
+            self._forget("events_lost", str(error))
             return
         for event in events:
             self._take(event)
@@ -183,14 +187,16 @@ class Publisher:
         except SlotLost as error:
             reason = "drift" if isinstance(error, _Drifted) else "slot_lost"
             self._log.warning("the index lost track; sending the whole state", reason=str(error))
-            self._start_over(reason)
+            self._start_over(reason, str(error))
         else:
             if self._backoff_s > _FIRST_BACKOFF_S:
                 self._log.info("the index answers again")
             self._backoff_s = _FIRST_BACKOFF_S
 
     def _open(self) -> None:
-        self._slot = self._writer.open_slot(self._worker, lease_ms=self._config.lease_ms)
+        self._slot = self._writer.open_slot(
+            self._worker, lease_ms=self._config.lease_ms, because=self._opening
+        )
         self._outbox = Outbox(self._state.hashes)
         self._unwritten_since_s = time.monotonic() if self._outbox else None
         self._conflict_logged = False
@@ -198,17 +204,18 @@ class Publisher:
         self._look_at_s = 0.0
         self._log.info("registered", slot=self._slot, num_blocks=self._state.num_blocks)
 
-    def _forget(self, reason: str) -> None:
+    def _forget(self, reason: str, detail: str = "") -> None:
         """Drop every block; a fresh slot does that in the index at once, however many there were."""
         self._state.clear()
         if self._outbox.is_fresh:
             self._outbox = Outbox()
         else:
-            self._start_over(reason)
+            self._start_over(reason, detail)
 
-    def _start_over(self, reason: str) -> None:
+    def _start_over(self, reason: str, detail: str = "") -> None:
         """Give up the slot; the whole state goes into a fresh one."""
         self._slot = None
+        self._opening = Opening(_KINDS.get(reason, EventKind.RESYNC), detail)
         self._outbox = Outbox(self._state.hashes)
         metrics.RESYNCS.labels(self._worker.worker_id, reason).inc()
 

@@ -21,11 +21,23 @@ from redis.exceptions import ConnectionError as RedisConnectionError
 from redis.exceptions import RedisError
 from redis.retry import Retry
 
-from kvindex.blocks import HASH_BYTES, BlockHash, Pool, pack_hashes
+from kvindex.blocks import HASH_BYTES, BlockHash, Pool, pack_hashes, unpack_hashes
 from kvindex.config import IndexConfig
 from kvindex.errors import ConfigError, IndexUnavailable, SlotLost, WorkerConflict
-from kvindex.index import MAX_PROBES
-from kvindex.keys import FLEET_HEAD, GROUP, LIVE_ROW, LOAD, POOLS, RESERVATION, directory, lua_names
+from kvindex.history import EventKind, Opening, PoolEvent, Removal
+from kvindex.index import FIRST_OPENING, MAX_PROBES
+from kvindex.keys import (
+    FLEET_HEAD,
+    GROUP,
+    LIVE_ROW,
+    LOAD,
+    LOG,
+    POOLS,
+    REMOVALS,
+    RESERVATION,
+    directory,
+    lua_names,
+)
 from kvindex.worker import (
     Batch,
     Load,
@@ -97,15 +109,16 @@ class RedisIndexWriter:
         with _reaching(self._url):
             return self._scripts[name](keys=[directory(pool)], args=args)
 
-    def open_slot(self, worker: Worker, *, lease_ms: int, takeover: bool = False) -> int:
+    def open_slot(
+        self, worker: Worker, *, lease_ms: int, takeover: bool = False, because: Opening = FIRST_OPENING
+    ) -> int:
         """See `IndexWriter`."""
         pool = worker.pool
         with _reaching(self._url):
             self._client.hset(POOLS, pool.pool_id, msgspec.msgpack.encode(pool))
         described = msgspec.json.encode(worker)
-        reply = self._run(
-            "open_slot", pool, worker.worker_id, worker.incarnation, described, lease_ms, int(takeover)
-        )
+        owner = (worker.worker_id, worker.incarnation, described)
+        reply = self._run("open_slot", pool, *owner, lease_ms, int(takeover), because.kind, because.detail)
         if isinstance(reply, bytes):
             raise WorkerConflict(
                 f"{worker.worker_id} is published by another live process (incarnation {reply.decode()})"
@@ -261,6 +274,45 @@ class RedisIndexReader:
         """See `IndexReader`."""
         return int(await self._run("sweep", pool, max_buckets))
 
+    async def events(self, pool: Pool, *, after: str | None = None, max_events: int) -> list[PoolEvent]:
+        """See `IndexReader`."""
+        return [
+            PoolEvent(
+                event_id=event_id,
+                at_ms=_at_ms(event_id),
+                kind=EventKind(fields[b"kind"].decode()),
+                slot=int(fields[b"slot"]),
+                worker_id=fields[b"worker"].decode(),
+                incarnation=fields[b"incarnation"].decode(),
+                detail=fields[b"detail"].decode(),
+            )
+            for event_id, fields in await self._read_log(directory(pool) + LOG, after, max_events)
+        ]
+
+    async def removals(self, pool: Pool, *, after: str | None = None, max_events: int) -> list[Removal]:
+        """See `IndexReader`."""
+        return [
+            Removal(
+                event_id=event_id,
+                at_ms=_at_ms(event_id),
+                slot=int(fields[b"slot"]),
+                incarnation=fields[b"incarnation"].decode(),
+                blocks=tuple(unpack_hashes(fields[b"blocks"])),
+            )
+            for event_id, fields in await self._read_log(directory(pool) + REMOVALS, after, max_events)
+        ]
+
+    async def _read_log(
+        self, key: str, after: str | None, max_events: int
+    ) -> list[tuple[str, dict[bytes, bytes]]]:
+        with _reaching(self._url):
+            if after is None:
+                lines: Any = await self._client.xrevrange(key, count=max_events)
+                lines.reverse()
+            else:
+                lines = await self._client.xrange(key, min=f"({after}", count=max_events)
+        return [(event_id.decode(), fields) for event_id, fields in lines]
+
     async def close(self) -> None:
         """See `IndexReader`."""
         await self._client.aclose()
@@ -337,6 +389,10 @@ def _slot_state(slot: int, reply: list[Any] | None) -> SlotState:
         raise SlotLost(f"slot {slot} is fenced, unknown, or misses a batch")
     num_blocks, digest = reply
     return SlotState(num_blocks=num_blocks, digest=_read_digest(digest))
+
+
+def _at_ms(event_id: str) -> int:
+    return int(event_id.partition("-")[0])
 
 
 def _read_digest(packed: bytes) -> int:

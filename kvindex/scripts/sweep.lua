@@ -15,7 +15,7 @@ purge(now)
 for _, slot in ipairs(to_slots(read_set('members'))) do
   local expires, lease_ms = unpack_from('<dI4', read_row(slot))
   if expires + (ABANDONED_AFTER_LEASES - 1) * lease_ms <= now then
-    fence(slot)
+    fence(slot, 'fenced', 'silent for ' .. ABANDONED_AFTER_LEASES .. ' leases')
   end
 end
 
@@ -65,6 +65,9 @@ if sweeping ~= '' then
   end
   cursor = stop
   if cursor == num_buckets then
+    for _, slot in ipairs(to_slots(gone)) do
+      note_event('swept', slot, '', '', '')
+    end
     sweeping = ''
   end
 else
@@ -76,4 +79,8 @@ end
 
 redis.call('HSET', DIRECTORY, 'buckets', num_buckets, 'entries', num_entries, 'cursor', cursor,
   'sweeping', sweeping, 'dead', dead)
+if sweeping == '' and dead == '' and #read_set('members') == 0 then
+  redis.call('EXPIRE', LOG, LOG_LEFT_S)
+  redis.call('EXPIRE', REMOVALS, LOG_LEFT_S)
+end
 return #to_slots(to_words(dead)) + #to_slots(to_words(sweeping))

@@ -11,10 +11,11 @@ import redis
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
+from kvindex import redis_index
 from kvindex.config import IndexConfig
 from kvindex.errors import ConfigError, IndexUnavailable, SlotLost
 from kvindex.index import MAX_BATCH
-from kvindex.keys import directory
+from kvindex.keys import LOG, LOG_LEFT_S, REMOVALS, directory
 from kvindex.redis_index import RedisIndexReader, RedisIndexWriter
 from kvindex.worker import Batch, Load, Worker
 from tests.support.ports import free_ports
@@ -119,7 +120,9 @@ async def test_reading_writes_nothing(writer, reader, client):
     await reader.match(POOL, random_hashes(500))
     await reader.workers(POOL)
     await reader.pools()
-    writes = {"hset", "hdel", "hincrby", "del", "zadd", "zrem", "hsetnx", "set"}
+    await reader.events(POOL, max_events=10)
+    await reader.removals(POOL, max_events=10)
+    writes = {"xadd", "hset", "hdel", "hincrby", "del", "zadd", "zrem", "hsetnx", "set"}
     assert not {f"cmdstat_{name}" for name in writes} & set(client.info("commandstats"))
 
 
@@ -180,7 +183,7 @@ async def test_sweeping_returns_the_memory_and_keeps_what_lives(writer, reader, 
         assert len(await reader.holders(POOL, block)) == 1
 
 
-async def test_a_fleet_that_has_gone_leaves_two_small_keys(writer, reader, client):
+async def test_a_fleet_that_has_gone_leaves_two_small_keys_and_its_log_for_a_day(writer, reader, client):
     fleet = Fleet(writer, 2)
     for slot in fleet.slots:
         fleet.write(slot, random_hashes(2_000))
@@ -189,7 +192,36 @@ async def test_a_fleet_that_has_gone_leaves_two_small_keys(writer, reader, clien
     num_left = 1
     while num_left:
         num_left = await reader.sweep(POOL, max_buckets=100)
-    assert set(client.scan_iter()) == {b"kvlane:pools", directory(POOL).encode()}
+    log = (directory(POOL) + LOG).encode()
+    assert set(client.scan_iter()) == {b"kvlane:pools", directory(POOL).encode(), log}
+    assert 0 < client.ttl(log) <= LOG_LEFT_S
+    Fleet(writer, 1)
+    assert client.ttl(log) == -1
+
+
+async def test_the_logs_stay_within_their_bounds(writer, reader, client, monkeypatch):
+    monkeypatch.setattr("kvindex.keys.LOG_EVENTS", 100)
+    monkeypatch.setattr("kvindex.keys.LOG_REMOVALS", 100)
+    redis_index._script.cache_clear()
+    small = RedisIndexWriter(IndexConfig(redis_url=writer._url))
+    redis_index._script.cache_clear()
+    fleet = Fleet(small, 1)
+    for number in range(1_000):
+        fleet.write(0, [], [number])
+    for _ in range(500):
+        small.open_slot(worker(1), lease_ms=LEASE_MS)
+    small.close()
+    # Redis trims whole nodes of a hundred lines.
+    for suffix in (LOG, REMOVALS):
+        assert 100 <= client.xlen(directory(POOL) + suffix) < 300
+    assert (await reader.removals(POOL, max_events=1))[0].blocks == (999,)
+
+
+def test_a_batch_of_evictions_is_remembered_in_little_memory(writer, client):
+    fleet = Fleet(writer, 1)
+    for number in range(2_000):
+        fleet.write(0, [], random_hashes(16, seed=number))
+    assert client.memory_usage(directory(POOL) + REMOVALS, samples=0) / 2_000 < 16 * 8 + 64
 
 
 async def test_a_write_after_a_flush_says_that_the_slot_is_lost(writer, reader, client):
