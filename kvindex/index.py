@@ -13,10 +13,12 @@ from kvindex.blocks import BlockHash, Pool
 from kvindex.history import Opening, PoolEvent, Removal
 from kvindex.worker import (
     Batch,
+    Entries,
     Load,
     Match,
     RegisteredWorker,
     Reservation,
+    SlotPart,
     SlotState,
     Worker,
 )
@@ -80,6 +82,19 @@ class IndexWriter(Protocol):
             SlotLost: the slot is unknown or fenced.
         """
 
+    def blocks_of(self, pool: Pool, slot: int, incarnation: str, *, turn: int) -> SlotPart:
+        """Read one part of the slot's entries, whatever its count and digest say. Writes nothing.
+
+        As many turns in a row as there are parts read the whole slot. A part is a consistent view of its
+        blocks; the number of parts may change from one turn to the next.
+
+        Args:
+            turn: which part to read, modulo the number of parts.
+
+        Raises:
+            SlotLost: the slot is unknown or fenced.
+        """
+
     def close_slot(self, pool: Pool, slot: int, incarnation: str) -> None:
         """Take the worker out of every answer; its entries are swept later. Idempotent."""
 
@@ -123,6 +138,16 @@ class IndexReader(Protocol):
 
     async def holders(self, pool: Pool, block: BlockHash) -> list[int]:
         """Return the live slots that hold `block`."""
+
+    async def entries(self, pool: Pool, *, first_bucket: int = 0, max_buckets: int = 64) -> Entries:
+        """Read a slice: at most `max_buckets` buckets, fewer where they are overfull. Writes nothing.
+
+        A scan begins at 0 and goes on at `next_bucket` until that is None. Each slice is consistent, the
+        whole scan is not: entries written meanwhile may be in it or not. Growth of the pool moves entries
+        to a new last bucket, so one may be seen twice, but none is missed. Shrinking, which only a sweep
+        of a pool that has lost most of its entries does, moves entries to lower buckets: if `num_buckets`
+        is lower than in the slice before, some may have been missed, and the scan should begin again.
+        """
 
     async def sweep(self, pool: Pool, *, max_buckets: int) -> int:
         """Drop one slice of the entries of dead slots; return how many dead slots are left to sweep."""

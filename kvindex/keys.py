@@ -76,6 +76,9 @@ RESERVATION = struct.Struct("<HII")
 FLEET_HEAD = struct.Struct("<dI")
 """time (ms), registry version; begins every answer about the fleet."""
 
+SLOT = struct.Struct("<H")
+"""a member of a set of slots of even length; one of odd length is a bitmap (`scripts/prelude.lua`)."""
+
 GROUP = struct.Struct("<HH")
 """number of leading probes held, number of 32-bit words in the bitmap of slots that follows."""
 

@@ -21,10 +21,12 @@ from kvindex.index import FIRST_OPENING
 from kvindex.keys import ABANDONED_AFTER_LEASES, LOG_EVENTS, LOG_REMOVALS
 from kvindex.worker import (
     Batch,
+    Entries,
     Load,
     Match,
     RegisteredWorker,
     Reservation,
+    SlotPart,
     SlotState,
     Worker,
     WorkerState,
@@ -223,6 +225,11 @@ class MemoryIndexWriter:
                     del charges[decision_id]
         return target.state
 
+    def blocks_of(self, pool: Pool, slot: int, incarnation: str, *, turn: int) -> SlotPart:
+        """See `IndexWriter`. There is one part."""
+        blocks = self._slot(pool, slot, incarnation).blocks
+        return SlotPart(part=0, num_parts=1, blocks=frozenset(map(BlockHash, blocks)))
+
     def close_slot(self, pool: Pool, slot: int, incarnation: str) -> None:
         """See `IndexWriter`."""
         target = self._index.pool(pool).slots.get(slot)
@@ -306,6 +313,20 @@ class MemoryIndexReader:
     async def holders(self, pool: Pool, block: BlockHash) -> list[int]:
         """See `IndexReader`."""
         return [slot.number for slot in self._index.live(pool) if block in slot.blocks]
+
+    async def entries(self, pool: Pool, *, first_bucket: int = 0, max_buckets: int = 64) -> Entries:
+        """See `IndexReader`. A block stands for a bucket here."""
+        live = self._index.live(pool)
+        blocks = sorted({block for slot in live for block in slot.blocks})
+        stop = first_bucket + max_buckets
+        return Entries(
+            holders={
+                BlockHash(block): tuple(slot.number for slot in live if block in slot.blocks)
+                for block in blocks[first_bucket:stop]
+            },
+            next_bucket=stop if stop < len(blocks) else None,
+            num_buckets=len(blocks),
+        )
 
     async def sweep(self, pool: Pool, *, max_buckets: int) -> int:
         """See `IndexReader`. A slot stands for a bucket here."""

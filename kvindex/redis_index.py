@@ -35,15 +35,18 @@ from kvindex.keys import (
     POOLS,
     REMOVALS,
     RESERVATION,
+    SLOT,
     directory,
     lua_names,
 )
 from kvindex.worker import (
     Batch,
+    Entries,
     Load,
     Match,
     RegisteredWorker,
     Reservation,
+    SlotPart,
     SlotState,
     Worker,
     WorkerState,
@@ -102,7 +105,7 @@ class RedisIndexWriter:
             self._client = redis.Redis.from_url(self._url, retry=retry, **_options(config))
         except ValueError as error:
             raise _refuse_url(error) from error
-        names = ("open_slot", "apply", "heartbeat", "close_slot")
+        names = ("open_slot", "apply", "heartbeat", "blocks_of", "close_slot")
         self._scripts = {name: self._client.register_script(_script(name)) for name in names}
 
     def _run(self, name: str, pool: Pool, *args: str | bytes | int) -> Any:  # noqa: ANN401 (a reply of Redis)
@@ -153,6 +156,14 @@ class RedisIndexWriter:
         reply = self._run("heartbeat", pool, slot, incarnation, lease_ms, packed, age_ms, *accepted)
         return _slot_state(slot, reply)
 
+    def blocks_of(self, pool: Pool, slot: int, incarnation: str, *, turn: int) -> SlotPart:
+        """See `IndexWriter`. A part is 8 to 15 buckets, or all of them where they are fewer than 16."""
+        reply = self._run("blocks_of", pool, slot, incarnation, turn)
+        if reply is None:
+            raise SlotLost(f"slot {slot} is fenced or unknown")
+        part, num_parts, packed = reply
+        return SlotPart(part=part, num_parts=num_parts, blocks=frozenset(unpack_hashes(packed)))
+
     def close_slot(self, pool: Pool, slot: int, incarnation: str) -> None:
         """See `IndexWriter`."""
         self._run("close_slot", pool, slot, incarnation)
@@ -183,7 +194,7 @@ class RedisIndexReader:
         except ValueError as error:
             raise _refuse_url(error) from error
         self._client = redis.asyncio.Redis.from_pool(pool)
-        names = ("workers", "match", "reserve", "settle", "sweep")
+        names = ("workers", "match", "reserve", "settle", "entries", "sweep")
         self._scripts = {name: self._client.register_script(_script(name)) for name in names}
 
     async def _run(self, name: str, pool: Pool, *args: str | bytes | int) -> Any:  # noqa: ANN401 (a reply of Redis)
@@ -269,6 +280,20 @@ class RedisIndexReader:
     async def holders(self, pool: Pool, block: BlockHash) -> list[int]:
         """See `IndexReader`."""
         return sorted((await self.match(pool, [block])).overlap_blocks)
+
+    async def entries(self, pool: Pool, *, first_bucket: int = 0, max_buckets: int = 64) -> Entries:
+        """See `IndexReader`. A bucket has about 64 entries."""
+        num_buckets, next_bucket, held, *packed = await self._run("entries", pool, first_bucket, max_buckets)
+        live = _Fleet(*packed).rows
+        holders = {}
+        for slots, hashes in zip(held[::2], held[1::2], strict=True):
+            if alive := tuple(slot for slot in _read_set(slots) if slot in live):
+                holders.update(dict.fromkeys(unpack_hashes(hashes), alive))
+        return Entries(
+            holders=holders,
+            next_bucket=None if next_bucket < 0 else next_bucket,
+            num_buckets=num_buckets,
+        )
 
     async def sweep(self, pool: Pool, *, max_buckets: int) -> int:
         """See `IndexReader`."""
@@ -370,18 +395,29 @@ class _Fleet:
         return tuple([row.state for row in self.rows.values()])
 
 
+def _read_bitmap(packed: bytes) -> Iterator[int]:
+    """Yield the slots whose bits are set, in ascending order."""
+    slots = int.from_bytes(packed, "little")
+    while slots:
+        lowest = slots & -slots
+        yield lowest.bit_length() - 1
+        slots ^= lowest
+
+
+def _read_set(packed: bytes) -> Iterator[int]:
+    """Yield the slots of a set in the form that `kvindex/scripts/prelude.lua` describes."""
+    return _read_bitmap(packed) if len(packed) % 2 else (slot for (slot,) in SLOT.iter_unpack(packed))
+
+
 def _read_groups(packed: bytes) -> Iterator[tuple[int, int]]:
     """Yield each slot that holds something, with the number of leading probes that it holds."""
     at = 0
     while at < len(packed):
         num_probes, num_words = GROUP.unpack_from(packed, at)
         at += GROUP.size
-        slots = int.from_bytes(packed[at : at + 4 * num_words], "little")
+        for slot in _read_bitmap(packed[at : at + 4 * num_words]):
+            yield slot, num_probes
         at += 4 * num_words
-        while slots:
-            lowest = slots & -slots
-            yield lowest.bit_length() - 1, num_probes
-            slots ^= lowest
 
 
 def _slot_state(slot: int, reply: list[Any] | None) -> SlotState:

@@ -7,7 +7,7 @@ import secrets
 
 import msgspec
 
-from kvindex.blocks import Pool
+from kvindex.blocks import BlockHash, Pool
 
 
 class Tier(enum.StrEnum):
@@ -141,6 +141,26 @@ class Batch(msgspec.Struct, frozen=True, kw_only=True):
     """Starts at 1 in a fresh slot and grows by one."""
     stored: tuple[int, ...] = ()
     removed: tuple[int, ...] = ()
+
+
+class Entries(msgspec.Struct, frozen=True, kw_only=True):
+    """A slice of everything that the index holds of a pool."""
+
+    holders: dict[BlockHash, tuple[int, ...]]
+    """Block to the live slots that hold it, ascending; blocks of dead slots alone are left out."""
+    next_bucket: int | None
+    """Where the next slice begins, None behind the last one."""
+    num_buckets: int
+    """Of the whole pool, at the moment of the read."""
+
+
+class SlotPart(msgspec.Struct, frozen=True, kw_only=True):
+    """The blocks that the index holds for a slot and whose hash is `part` modulo `num_parts`."""
+
+    part: int
+    num_parts: int
+    """A power of two that follows the size of the pool."""
+    blocks: frozenset[BlockHash]
 
 
 class SlotState(msgspec.Struct, frozen=True, kw_only=True):

@@ -17,6 +17,7 @@ local ENTRIES_PER_BUCKET = 64
 local PURGED_PER_CALL = 500
 local MAX_SLOT = 65535
 local WORD = 4294967296
+local HASH_BYTES = 8
 
 -- Layout of LIVE_ROW in keys.py: its size, where its load begins, and what is before that.
 local ROW_BYTES = 48

@@ -72,6 +72,14 @@ class Index:
     async def overlap(self, hashes) -> dict[int, int]:
         return (await self.reader.match(POOL, hashes)).overlap_blocks
 
+    async def scan(self, max_buckets: int = 64) -> dict[int, tuple[int, ...]]:
+        found, first_bucket = {}, 0
+        while first_bucket is not None:
+            entries = await self.reader.entries(POOL, first_bucket=first_bucket, max_buckets=max_buckets)
+            found |= entries.holders
+            first_bucket = entries.next_bucket
+        return found
+
     async def charged(self, slot: int) -> tuple[int, int]:
         [state] = [s for s in (await self.reader.match(POOL, [])).states if s.slot == slot]
         return state.charged_tokens, state.charged_requests
@@ -293,6 +301,85 @@ async def test_many_holders_of_one_block(index):
     for slot in slots[5:]:
         index.writer.apply(POOL, slot, "one", Batch(sequence=2, removed=(1,)))
     assert await index.reader.holders(POOL, 1) == slots[:5]
+
+
+# Slices
+
+
+async def test_a_scan_finds_every_block_with_its_live_holders(index):
+    rng = random.Random(0)
+    shared, own, gone = ([rng.getrandbits(64) for _ in range(700)] for _ in range(3))
+    first, second, closed = (index.open(number) for number in range(3))
+    lapsed = index.open(3, lease_ms=300)
+    index.store(first, shared + own)
+    for slot in (second, closed, lapsed):
+        index.store(slot, shared if slot == second else shared + gone)
+    index.writer.close_slot(POOL, closed, "one")
+    await index.elapse(300)
+    expected = dict.fromkeys(shared, (first, second)) | dict.fromkeys(own, (first,))
+    assert await index.scan() == expected
+    assert await index.scan(max_buckets=1) == expected
+
+
+async def test_a_scan_of_nothing_has_one_empty_slice(index):
+    entries = await index.reader.entries(POOL)
+    assert (entries.holders, entries.next_bucket) == ({}, None)
+    slot = index.open()
+    index.store(slot, [1])
+    assert (await index.reader.entries(POOL)).holders == {1: (slot,)}
+    behind = await index.reader.entries(POOL, first_bucket=1_000_000)
+    assert (behind.holders, behind.next_bucket) == ({}, None)
+
+
+async def test_a_scan_misses_nothing_while_the_pool_grows(index):
+    rng = random.Random(1)
+    hashes = [rng.getrandbits(64) for _ in range(1_000)]
+    slot = index.open()
+    index.store(slot, hashes)
+    found, first_bucket, sequence = {}, 0, -(-len(hashes) // MAX_BATCH)
+    while first_bucket is not None:
+        entries = await index.reader.entries(POOL, first_bucket=first_bucket, max_buckets=1)
+        found |= entries.holders
+        first_bucket = entries.next_bucket
+        if sequence < 60:
+            sequence += 1
+            index.store(slot, [rng.getrandbits(64) for _ in range(MAX_BATCH)], sequence=sequence)
+    assert found.keys() >= set(hashes)
+
+
+async def test_a_scan_knows_many_holders_of_one_block(index):
+    slots = tuple(index.open(number) for number in range(70))
+    for slot in slots:
+        index.store(slot, [1, 2, 3] if slot % 2 else [1, 2] if slot < 10 else [1])
+    assert await index.scan() == {1: slots, 2: (*range(10), *slots[11::2]), 3: slots[1::2]}
+
+
+@pytest.mark.parametrize("num_blocks", [0, 10, 3_000])
+async def test_the_parts_of_a_slot_are_its_blocks(index, num_blocks):
+    rng = random.Random(num_blocks)
+    mine, others = ([rng.getrandbits(64) for _ in range(num_blocks)] for _ in range(2))
+    slot, other = index.open(0), index.open(1)
+    index.store(slot, mine)
+    index.store(other, mine[::2] + others)
+    parts = [index.writer.blocks_of(POOL, slot, "one", turn=0)]
+    num_parts = parts[0].num_parts
+    assert num_parts & (num_parts - 1) == 0
+    parts += [index.writer.blocks_of(POOL, slot, "one", turn=turn) for turn in range(1, num_parts)]
+    assert [part.part for part in parts] == list(range(num_parts))
+    for part in parts:
+        assert part.blocks == {block for block in mine if block % num_parts == part.part}
+    assert index.writer.blocks_of(POOL, slot, "one", turn=num_parts + 1).part == 1 % num_parts
+
+
+async def test_only_the_owner_reads_a_slot_back(index):
+    slot = index.open()
+    with pytest.raises(SlotLost):
+        index.writer.blocks_of(POOL, slot, "other", turn=0)
+    with pytest.raises(SlotLost):
+        index.writer.blocks_of(POOL, slot + 1, "one", turn=0)
+    index.writer.close_slot(POOL, slot, "one")
+    with pytest.raises(SlotLost):
+        index.writer.blocks_of(POOL, slot, "one", turn=0)
 
 
 # Leases
