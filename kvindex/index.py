@@ -139,6 +139,9 @@ class IndexReader(Protocol):
     async def holders(self, pool: Pool, block: BlockHash) -> list[int]:
         """Return the live slots that hold `block`."""
 
+    async def holders_of(self, pool: Pool, blocks: Sequence[BlockHash]) -> dict[BlockHash, tuple[int, ...]]:
+        """Return the live slots that hold each block, ascending. Reads `MAX_PROBES` blocks at a time."""
+
     async def entries(self, pool: Pool, *, first_bucket: int = 0, max_buckets: int = 64) -> Entries:
         """Read a slice: at most `max_buckets` buckets, fewer where they are overfull. Writes nothing.
 

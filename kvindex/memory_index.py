@@ -314,6 +314,10 @@ class MemoryIndexReader:
         """See `IndexReader`."""
         return [slot.number for slot in self._index.live(pool) if block in slot.blocks]
 
+    async def holders_of(self, pool: Pool, blocks: Sequence[BlockHash]) -> dict[BlockHash, tuple[int, ...]]:
+        """See `IndexReader`."""
+        return {block: tuple(await self.holders(pool, block)) for block in blocks}
+
     async def entries(self, pool: Pool, *, first_bucket: int = 0, max_buckets: int = 64) -> Entries:
         """See `IndexReader`. A block stands for a bucket here."""
         live = self._index.live(pool)

@@ -194,7 +194,7 @@ class RedisIndexReader:
         except ValueError as error:
             raise _refuse_url(error) from error
         self._client = redis.asyncio.Redis.from_pool(pool)
-        names = ("workers", "match", "reserve", "settle", "entries", "sweep")
+        names = ("workers", "match", "reserve", "settle", "holders", "entries", "sweep")
         self._scripts = {name: self._client.register_script(_script(name)) for name in names}
 
     async def _run(self, name: str, pool: Pool, *args: str | bytes | int) -> Any:  # noqa: ANN401 (a reply of Redis)
@@ -280,6 +280,17 @@ class RedisIndexReader:
     async def holders(self, pool: Pool, block: BlockHash) -> list[int]:
         """See `IndexReader`."""
         return sorted((await self.match(pool, [block])).overlap_blocks)
+
+    async def holders_of(self, pool: Pool, blocks: Sequence[BlockHash]) -> dict[BlockHash, tuple[int, ...]]:
+        """See `IndexReader`."""
+        holders = {}
+        for at in range(0, len(blocks), MAX_PROBES):
+            asked = blocks[at : at + MAX_PROBES]
+            sets, *packed = await self._run("holders", pool, pack_hashes(asked))
+            live = _Fleet(*packed).rows
+            for block, slots in zip(asked, sets, strict=True):
+                holders[block] = tuple(slot for slot in _read_set(slots) if slot in live)
+        return holders
 
     async def entries(self, pool: Pool, *, first_bucket: int = 0, max_buckets: int = 64) -> Entries:
         """See `IndexReader`. A bucket has about 64 entries."""

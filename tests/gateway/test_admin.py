@@ -1,5 +1,7 @@
 from __future__ import annotations
 
+import base64
+
 import httpx
 import pytest
 
@@ -13,7 +15,7 @@ from gateway.probe import worker_client
 from gateway.rates import Rates
 from gateway.receipts import Receipts
 from gateway.tokens.request import Api, Prompt, ReadRequest
-from kvindex.blocks import hash_blocks, root_hash
+from kvindex.blocks import hash_blocks, pack_hashes, root_hash
 from kvindex.errors import IndexUnavailable
 from kvindex.memory_index import MemoryIndex, MemoryIndexReader, MemoryIndexWriter
 from kvindex.worker import Batch
@@ -70,7 +72,7 @@ class Gateway:
             rates=rates,
             receipts=self.receipts,
         )
-        self.app = create_app(self.router, self.fleet, rates=rates, receipts=self.receipts)
+        self.app = create_app(self.router, self.fleet, self.index, rates=rates, receipts=self.receipts)
         worker = make_worker("a:1")
         writer = MemoryIndexWriter(memory)
         slot = writer.open_slot(worker, lease_ms=60_000)
@@ -170,7 +172,17 @@ async def test_prefix_asks_as_a_completion_or_a_chat(admin, gateway):
         "model": "tiny",
         "prompt_tokens": 100,
         "inexact": None,
-        "workers": [{"worker": "a:1", "matched_blocks": 2, "matched_tokens": 32}],
+        "workers": [
+            {"worker": "a:1", "matched_blocks": 2, "matched_tokens": 32, "tiers": {"device": 2}},
+        ],
+        "chains": [
+            {
+                "pool_id": make_worker().pool.pool_id,
+                "num_blocks": 6,
+                "stride": 1,
+                "hashes": base64.b64encode(pack_hashes(hash_blocks(root_hash("tiny"), PROMPT, 16))).decode(),
+            }
+        ],
     }
     chat = b'{"model":"tiny","messages":[],"tools":[]}'
     await admin.post("/prefix", content=chat)

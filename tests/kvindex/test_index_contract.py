@@ -382,6 +382,18 @@ async def test_only_the_owner_reads_a_slot_back(index):
         index.writer.blocks_of(POOL, slot, "one", turn=0)
 
 
+async def test_the_holders_of_many_blocks_are_read_at_once(index):
+    slots = [index.open(number) for number in range(40)]
+    for slot in slots:
+        index.store(slot, [slot + 1, 1000, 2**64 - 1 - slot])
+    index.writer.close_slot(POOL, slots[3], "one")
+    holders = await index.reader.holders_of(POOL, [1000, 4, 5, 2**64 - 1, *range(2000, 2600)])
+    assert holders[1000] == tuple(slot for slot in slots if slot != slots[3])
+    assert (holders[4], holders[5], holders[2**64 - 1]) == ((), (slots[4],), (slots[0],))
+    assert all(holders[block] == () for block in range(2000, 2600))
+    assert await index.reader.holders_of(POOL, []) == {}
+
+
 # Leases
 
 
