@@ -143,7 +143,7 @@ class IndexReader(Protocol):
         """Return the live slots that hold each block, ascending. Reads `MAX_PROBES` blocks at a time."""
 
     async def entries(self, pool: Pool, *, first_bucket: int = 0, max_buckets: int = 64) -> Entries:
-        """Read a slice: at most `max_buckets` buckets, fewer where they are overfull. Writes nothing.
+        """Read the entries of `max_buckets` buckets. Writes nothing.
 
         A scan begins at 0 and goes on at `next_bucket` until that is None. Each slice is consistent, the
         whole scan is not: entries written meanwhile may be in it or not. Growth of the pool moves entries

@@ -45,9 +45,6 @@ which are 128 at most: 18 MB at the very most, 2 to 4 MB where an engine evicts 
 LOG_LEFT_S = 86_400
 """How long the logs of a pool without workers are kept."""
 
-LOG = ":log"
-REMOVALS = ":gone"
-
 _SUFFIXES = {
     "BUCKET": ":b:",
     "LIVE": ":live",
@@ -56,8 +53,8 @@ _SUFFIXES = {
     "RESERVATIONS": ":res",
     "EXPIRY": ":exp",
     "TAKEN": ":r:",
-    "LOG": LOG,
-    "REMOVALS": REMOVALS,
+    "LOG": ":log",
+    "REMOVALS": ":gone",
 }
 
 LOAD = struct.Struct("<IIIId")
@@ -87,6 +84,26 @@ GROUP = struct.Struct("<HH")
 def directory(pool: Pool) -> str:
     """Return the key that stands for `pool`, KEYS[1] of every script."""
     return f"kvlane:{{{pool.pool_id}}}"
+
+
+def bucket_key(pool: Pool, bucket: int) -> bytes:
+    """Return the key of a bucket."""
+    return f"{directory(pool)}{_SUFFIXES['BUCKET']}".encode() + bucket.to_bytes(4, "little")
+
+
+def live_key(pool: Pool) -> str:
+    """Return the key of the rows of all slots."""
+    return directory(pool) + _SUFFIXES["LIVE"]
+
+
+def log_key(pool: Pool) -> str:
+    """Return the key of what happened to slots."""
+    return directory(pool) + _SUFFIXES["LOG"]
+
+
+def removals_key(pool: Pool) -> str:
+    """Return the key of the evicted blocks."""
+    return directory(pool) + _SUFFIXES["REMOVALS"]
 
 
 def lua_names() -> str:

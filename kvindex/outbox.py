@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Set
 from itertools import islice
 
 from kvindex.index import MAX_BATCH
-from kvindex.worker import Batch, SlotState
+from kvindex.worker import Batch, SlotPart, SlotState
+
+_TOLD_PARTS = 1024
 
 
 class Outbox:
@@ -25,6 +27,7 @@ class Outbox:
         self._sequence = 0
         self._num_told = 0
         self._digest_told = 0
+        self._told: dict[int, set[int]] = {}  # by remainder, so that a part is compared without the rest
 
     def __len__(self) -> int:
         """Return the number of changes that the index may not know yet."""
@@ -72,5 +75,21 @@ class Outbox:
         batch, self._in_flight = self._in_flight, None
         if batch is not None:
             self._num_told += len(batch.stored) - len(batch.removed)
-            for block in (*batch.stored, *batch.removed):
+            for block in batch.stored:
                 self._digest_told ^= block
+                self._told.setdefault(block % _TOLD_PARTS, set()).add(block)
+            for block in batch.removed:
+                self._digest_told ^= block
+                self._told[block % _TOLD_PARTS].remove(block)
+
+    def differences(self, found: SlotPart) -> tuple[Set[int], Set[int]]:
+        """Return which blocks of a part of the slot the index has lost, and which it was never told of.
+
+        To be asked while no batch is in flight.
+        """
+        told: set[int] = set()
+        for remainder in range(found.part % _TOLD_PARTS, _TOLD_PARTS, found.num_parts):
+            told |= self._told.get(remainder, set())
+        if found.num_parts > _TOLD_PARTS:
+            told = {block for block in told if block % found.num_parts == found.part}
+        return told - found.blocks, found.blocks - told

@@ -7,13 +7,14 @@ import random
 import threading
 import time
 from collections import Counter, deque
-from collections.abc import Callable
+from collections.abc import Callable, Set
 
 import msgspec
 import structlog
 
 from kvindex import metrics
 from kvindex.block_state import BlockState
+from kvindex.blocks import format_hash
 from kvindex.config import PublisherConfig
 from kvindex.errors import EventsLost, IndexUnavailable, SlotLost, WorkerConflict
 from kvindex.event_source import EventSource
@@ -21,7 +22,7 @@ from kvindex.events import AllBlocksCleared, BlockRemoved, BlockStored, EngineEv
 from kvindex.history import EventKind, Opening
 from kvindex.index import FIRST_OPENING, MAX_BATCH, IndexWriter
 from kvindex.outbox import Outbox
-from kvindex.worker import Load, SlotState, Worker
+from kvindex.worker import Load, SlotPart, SlotState, Worker
 
 LOAD_INTERVAL_S = 0.1
 _WRITE_SLICE_S = 0.05
@@ -29,6 +30,8 @@ _FIRST_BACKOFF_S = 0.1
 _LONGEST_BACKOFF_S = 2.0
 _MOST_ACCEPTED = 10_000
 _STOP_PATIENCE_S = 5.0
+_READ_BACK_S = 0.5
+_MOST_NAMED = 5
 # Skipped blocks that somebody should know of: nothing of this kind will ever be routed to.
 _ALARMING = {
     "block_size": "the engine's KV events are about blocks of another size",
@@ -50,6 +53,13 @@ class LoadReport(msgspec.Struct, frozen=True):
 
 class _Drifted(SlotLost):
     """The index holds something else for the slot than it was told."""
+
+    def __init__(self, message: str, *, lost: Set[int], added: Set[int], read: str) -> None:
+        super().__init__(message)
+        self.lost = lost
+        self.added = added
+        self.read = read
+        """How much of the slot was read back to find these."""
 
 
 class Publisher:
@@ -91,7 +101,8 @@ class Publisher:
         self._accepted: deque[str] = deque(maxlen=_MOST_ACCEPTED)
         self._reported: Load | None = None
         self._unwritten_since_s: float | None = None
-        self._look_at_s = self._beat_at_s = self._retry_at_s = 0.0
+        self._look_at_s = self._beat_at_s = self._audit_at_s = self._retry_at_s = 0.0
+        self._turn = 0
         self._backoff_s = _FIRST_BACKOFF_S
         self._alarmed: set[str] = set()
         self._conflict_logged = False
@@ -173,6 +184,7 @@ class Publisher:
                 self._open()
             self._write()
             self._report()
+            self._audit()
         except IndexUnavailable as error:
             self._back_off(error)
         except WorkerConflict as error:
@@ -184,10 +196,21 @@ class Publisher:
                 )
             self._conflict_logged = True
             self._retry_at_s = time.monotonic() + self._config.lease_ms / 1000
+        except _Drifted as error:
+            self._log.warning(
+                "the index holds something else than it was told; sending the whole state",
+                reason=str(error),
+                num_lost=len(error.lost),
+                num_added=len(error.added),
+                lost=_first_of(error.lost),
+                added=_first_of(error.added),
+                read=error.read,
+            )
+            differs = f"{len(error.lost)} blocks lost, {len(error.added)} added in {error.read} read back"
+            self._start_over("drift", f"{error}; {differs}")
         except SlotLost as error:
-            reason = "drift" if isinstance(error, _Drifted) else "slot_lost"
             self._log.warning("the index lost track; sending the whole state", reason=str(error))
-            self._start_over(reason, str(error))
+            self._start_over("slot_lost", str(error))
         else:
             if self._backoff_s > _FIRST_BACKOFF_S:
                 self._log.info("the index answers again")
@@ -266,17 +289,56 @@ class Publisher:
         return self._slot
 
     def _compare(self, answer: SlotState) -> None:
-        """Check that the index holds what it was told.
+        """Check count and digest of the slot.
 
         Raises:
-            _Drifted: it does not.
+            _Drifted: they are not those of the blocks that the index was told.
         """
         told = self._outbox.told
         if answer != told:
+            lost, added, read = self._read_back()
             raise _Drifted(
-                f"the index holds {answer.num_blocks} blocks with digest {answer.digest:016x}, "
-                f"it was told {told.num_blocks} with {told.digest:016x}"
+                f"the index counts {answer.num_blocks} blocks with digest {answer.digest:016x}, "
+                f"it was told {told.num_blocks} with {told.digest:016x}",
+                lost=lost,
+                added=added,
+                read=read,
             )
+
+    def _audit(self) -> None:
+        """Once a heartbeat, check one part of the slot's entries, which count and digest say nothing about.
+
+        Raises:
+            _Drifted: they are not what the index was told.
+        """
+        now_s = time.monotonic()
+        if now_s < self._audit_at_s:
+            return
+        self._audit_at_s = now_s + self._config.heartbeat_ms / 1000
+        found = self._read_part(self._turn)
+        self._turn += 1
+        lost, added = self._outbox.differences(found)
+        if lost or added:
+            read = f"part {found.part} of {found.num_parts}"
+            raise _Drifted("entries were changed behind the index's back", lost=lost, added=added, read=read)
+
+    def _read_part(self, turn: int) -> SlotPart:
+        return self._writer.blocks_of(self._worker.pool, self._slot_held, self._worker.incarnation, turn=turn)
+
+    def _read_back(self) -> tuple[set[int], set[int], str]:
+        """Return what the slot has lost and was never told of, as far as a short while allows to read it."""
+        lost, added = set[int](), set[int]()
+        num_read, num_parts = 0, 1
+        give_up_s = time.monotonic() + _READ_BACK_S
+        with contextlib.suppress(IndexUnavailable, SlotLost):
+            while num_read < num_parts and time.monotonic() < give_up_s:
+                found = self._read_part(num_read)
+                num_parts = found.num_parts
+                num_read += 1
+                lost_here, added_here = self._outbox.differences(found)
+                lost |= lost_here
+                added |= added_here
+        return lost, added, f"{num_read} of {num_parts} parts"
 
     def _back_off(self, error: IndexUnavailable) -> None:
         metrics.INDEX_FAILURES.labels(self._worker.worker_id).inc()
@@ -293,3 +355,7 @@ class Publisher:
         for reason in skipped.keys() & _ALARMING.keys() - self._alarmed:
             self._alarmed.add(reason)
             self._log.error(f"{_ALARMING[reason]}: they are not indexed", block_size=self._worker.block_size)
+
+
+def _first_of(blocks: Set[int]) -> list[str]:
+    return [format_hash(block) for block in sorted(blocks)[:_MOST_NAMED]]

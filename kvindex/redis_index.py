@@ -31,13 +31,15 @@ from kvindex.keys import (
     GROUP,
     LIVE_ROW,
     LOAD,
-    LOG,
     POOLS,
-    REMOVALS,
     RESERVATION,
     SLOT,
+    bucket_key,
     directory,
+    live_key,
+    log_key,
     lua_names,
+    removals_key,
 )
 from kvindex.worker import (
     Batch,
@@ -157,7 +159,7 @@ class RedisIndexWriter:
         return _slot_state(slot, reply)
 
     def blocks_of(self, pool: Pool, slot: int, incarnation: str, *, turn: int) -> SlotPart:
-        """See `IndexWriter`. A part is 8 to 15 buckets, or all of them where they are fewer than 16."""
+        """See `IndexWriter`. A part is 4 to 7 buckets, or all of them where they are fewer than 8."""
         reply = self._run("blocks_of", pool, slot, incarnation, turn)
         if reply is None:
             raise SlotLost(f"slot {slot} is fenced or unknown")
@@ -194,7 +196,7 @@ class RedisIndexReader:
         except ValueError as error:
             raise _refuse_url(error) from error
         self._client = redis.asyncio.Redis.from_pool(pool)
-        names = ("workers", "match", "reserve", "settle", "holders", "entries", "sweep")
+        names = ("workers", "match", "reserve", "settle", "holders", "sweep")
         self._scripts = {name: self._client.register_script(_script(name)) for name in names}
 
     async def _run(self, name: str, pool: Pool, *args: str | bytes | int) -> Any:  # noqa: ANN401 (a reply of Redis)
@@ -293,16 +295,26 @@ class RedisIndexReader:
         return holders
 
     async def entries(self, pool: Pool, *, first_bucket: int = 0, max_buckets: int = 64) -> Entries:
-        """See `IndexReader`. A bucket has about 64 entries."""
-        num_buckets, next_bucket, held, *packed = await self._run("entries", pool, first_bucket, max_buckets)
-        live = _Fleet(*packed).rows
-        holders = {}
-        for slots, hashes in zip(held[::2], held[1::2], strict=True):
-            if alive := tuple(slot for slot in _read_set(slots) if slot in live):
-                holders.update(dict.fromkeys(unpack_hashes(hashes), alive))
+        """See `IndexReader`. A bucket has about 64 entries and is read by one of Redis's own commands."""
+        transaction = self._client.pipeline(transaction=True)
+        transaction.hget(directory(pool), "buckets")
+        transaction.time()
+        transaction.get(live_key(pool))
+        stop = first_bucket + max_buckets
+        for bucket in range(first_bucket, stop):
+            transaction.hgetall(bucket_key(pool, bucket))
+        with _reaching(self._url):
+            num_buckets, (seconds, micros), rows, *buckets = await transaction.execute()
+        fleet = _Fleet(FLEET_HEAD.pack(1000 * seconds + micros // 1000, 0), rows or b"", b"")
+        num_buckets = int(num_buckets or 0)
         return Entries(
-            holders=holders,
-            next_bucket=None if next_bucket < 0 else next_bucket,
+            holders={
+                BlockHash(int.from_bytes(block, "little")): alive
+                for bucket in buckets
+                for block, slots in bucket.items()
+                if (alive := tuple(slot for slot in _read_set(slots) if slot in fleet.rows))
+            },
+            next_bucket=stop if stop < num_buckets else None,
             num_buckets=num_buckets,
         )
 
@@ -322,7 +334,7 @@ class RedisIndexReader:
                 incarnation=fields[b"incarnation"].decode(),
                 detail=fields[b"detail"].decode(),
             )
-            for event_id, fields in await self._read_log(directory(pool) + LOG, after, max_events)
+            for event_id, fields in await self._read_log(log_key(pool), after, max_events)
         ]
 
     async def removals(self, pool: Pool, *, after: str | None = None, max_events: int) -> list[Removal]:
@@ -335,7 +347,7 @@ class RedisIndexReader:
                 incarnation=fields[b"incarnation"].decode(),
                 blocks=tuple(unpack_hashes(fields[b"blocks"])),
             )
-            for event_id, fields in await self._read_log(directory(pool) + REMOVALS, after, max_events)
+            for event_id, fields in await self._read_log(removals_key(pool), after, max_events)
         ]
 
     async def _read_log(

@@ -243,8 +243,8 @@ class _Search:
                 return _Cause(Reason.COMPUTING, detail, answered_ms, had)
             if not is_forgotten:
                 detail = (
-                    f"{_named(had)} had been answered there {self._decided_ms - answered_ms:,} ms before and no "
-                    "eviction is on record: the index was told of the block after the decision"
+                    f"{_named(had)} had been answered there {self._decided_ms - answered_ms:,} ms before, "
+                    "no eviction is on record: the index was told of the block after the decision"
                 )
                 return _Cause(Reason.BEHIND, detail, None, had)
         reach = "no eviction is on record"
@@ -291,8 +291,8 @@ class _Search:
         size = missed.chain.pool.block_size
         if common.differs_within_blocks is None:
             detail = (
-                f"the closest request on record, {_named(earlier)}, ends after the {common.num_blocks * size:,} "
-                "tokens that it shares: what follows is new"
+                f"the closest request on record, {_named(earlier)}, ends after the "
+                f"{common.num_blocks * size:,} tokens that it shares: what follows is new"
             )
             return _Cause(Reason.NEVER_STORED, detail, None, earlier)
         first, last = common.num_blocks * size, common.differs_within_blocks * size

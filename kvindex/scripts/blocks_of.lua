@@ -1,6 +1,6 @@
 -- Reads the part of a slot's blocks whose hashes have one remainder. Writes nothing.
 --
--- The parts are as many as make one a few buckets. Their number is a power of two within the number of
+-- The parts are as many as make one 4 to 7 buckets. Their number is a power of two within the number of
 -- buckets, so a part is whole buckets: those with the same remainder.
 --
 -- KEYS[1]  directory of the pool
@@ -8,7 +8,7 @@
 -- Returns  {part, which is the turn modulo the parts; number of parts; hashes, 8 bytes each}; false if the
 --          slot is not this incarnation's
 
-local BUCKETS_PER_PART = 8
+local BUCKETS_PER_PART = 4
 
 local slot, incarnation, turn = unpack(ARGV)
 if not own(slot, incarnation) then

@@ -53,7 +53,9 @@ def test_what_two_prompts_share_is_bracketed(shared, left, right):
             assert found.differs_within_blocks > shared
 
 
-@pytest.mark.parametrize("other", [{"lora_name": "sql"}, {"cache_salt": "s"}, {"lora_name": "a", "cache_salt": "b"}])
+@pytest.mark.parametrize(
+    "other", [{"lora_name": "sql"}, {"cache_salt": "s"}, {"lora_name": "a", "cache_salt": "b"}]
+)
 def test_equal_tokens_of_another_identity_are_equal_in_content_alone(other):
     ours, theirs = chain(prompt(20)), chain(prompt(20), **other)
     assert common_blocks(ours, theirs).num_blocks == 0

@@ -15,7 +15,7 @@ from kvindex import redis_index
 from kvindex.config import IndexConfig
 from kvindex.errors import ConfigError, IndexUnavailable, SlotLost
 from kvindex.index import MAX_BATCH
-from kvindex.keys import LOG, LOG_LEFT_S, REMOVALS, directory
+from kvindex.keys import LOG_LEFT_S, directory, log_key, removals_key
 from kvindex.redis_index import RedisIndexReader, RedisIndexWriter
 from kvindex.worker import Batch, Load, Worker
 from tests.support.ports import free_ports
@@ -192,7 +192,7 @@ async def test_a_fleet_that_has_gone_leaves_two_small_keys_and_its_log_for_a_day
     num_left = 1
     while num_left:
         num_left = await reader.sweep(POOL, max_buckets=100)
-    log = (directory(POOL) + LOG).encode()
+    log = log_key(POOL).encode()
     assert set(client.scan_iter()) == {b"kvlane:pools", directory(POOL).encode(), log}
     assert 0 < client.ttl(log) <= LOG_LEFT_S
     Fleet(writer, 1)
@@ -212,8 +212,8 @@ async def test_the_logs_stay_within_their_bounds(writer, reader, client, monkeyp
         small.open_slot(worker(1), lease_ms=LEASE_MS)
     small.close()
     # Redis trims whole nodes of a hundred lines.
-    for suffix in (LOG, REMOVALS):
-        assert 100 <= client.xlen(directory(POOL) + suffix) < 300
+    for key in (log_key(POOL), removals_key(POOL)):
+        assert 100 <= client.xlen(key) < 300
     assert (await reader.removals(POOL, max_events=1))[0].blocks == (999,)
 
 
@@ -221,7 +221,7 @@ def test_a_batch_of_evictions_is_remembered_in_little_memory(writer, client):
     fleet = Fleet(writer, 1)
     for number in range(2_000):
         fleet.write(0, [], random_hashes(16, seed=number))
-    assert client.memory_usage(directory(POOL) + REMOVALS, samples=0) / 2_000 < 16 * 8 + 64
+    assert client.memory_usage(removals_key(POOL), samples=0) / 2_000 < 16 * 8 + 64
 
 
 async def test_a_write_after_a_flush_says_that_the_slot_is_lost(writer, reader, client):

@@ -1,0 +1,102 @@
+"""A scripted engine whose publisher writes to a real Redis, and what a test asks about the two."""
+
+from __future__ import annotations
+
+from collections.abc import Collection, Iterable
+from functools import reduce
+from operator import xor
+
+from kvindex.blocks import Pool
+from kvindex.config import IndexConfig, PublisherConfig
+from kvindex.publisher import LoadReport, Publisher
+from kvindex.redis_index import RedisIndexReader, RedisIndexWriter
+from kvindex.worker import Load, SlotPart, SlotState, Worker
+from tests.support.scripted_engine import ScriptedSource, make_worker
+
+PATIENT_S = 10.0
+
+
+class CountingWriter(RedisIndexWriter):
+    """Counts what a publisher does."""
+
+    def __init__(self, config: PublisherConfig) -> None:
+        super().__init__(config)
+        self.num_opened = 0
+        self.num_heartbeats = 0
+        self.num_audits = 0
+
+    def open_slot(self, worker: Worker, **options: int | bool) -> int:
+        slot = super().open_slot(worker, **options)  # type: ignore[arg-type]
+        self.num_opened += 1
+        return slot
+
+    def heartbeat(self, *args: object, **options: object) -> SlotState:
+        state = super().heartbeat(*args, **options)  # type: ignore[arg-type]
+        self.num_heartbeats += 1
+        return state
+
+    def blocks_of(self, pool: Pool, slot: int, incarnation: str, *, turn: int) -> SlotPart:
+        part = super().blocks_of(pool, slot, incarnation, turn=turn)
+        self.num_audits += 1
+        return part
+
+
+class Published:
+    """One engine with its publisher.
+
+    Args:
+        url: the Redis it writes to.
+        endpoint: of the engine.
+        options: settings of the publisher that differ from short ones.
+    """
+
+    def __init__(self, url: str, endpoint: str = "127.0.0.1:8000", **options: float) -> None:
+        known = {"redis_url": url, "lease_ms": 2_000, "heartbeat_ms": 100, "redis_timeout_s": PATIENT_S}
+        config = PublisherConfig(**(known | options))
+        self.worker = make_worker(endpoint)
+        self.source = ScriptedSource()
+        self.writer = CountingWriter(config)
+        self.publisher = Publisher(self.worker, config, self.writer, self.source, lambda: LoadReport(Load()))
+        self.publisher.start()
+
+    def close(self) -> None:
+        self.publisher.stop()
+
+
+async def slots_of(url: str, pool: Pool) -> dict[str, int]:
+    """Return the live slots by incarnation."""
+    reader = RedisIndexReader(IndexConfig(redis_url=url, redis_timeout_s=PATIENT_S))
+    try:
+        return {each.worker.incarnation: each.slot for each in (await reader.workers(pool))[1]}
+    finally:
+        await reader.close()
+
+
+async def index_is(url: str, pool: Pool, expected: dict[str, Collection[int]]) -> bool:
+    """Say whether the index holds exactly these blocks for exactly these live incarnations.
+
+    Counts, digests and entries have to agree on it.
+    """
+    reader = RedisIndexReader(IndexConfig(redis_url=url, redis_timeout_s=PATIENT_S))
+    try:
+        _, workers = await reader.workers(pool)
+        held: dict[int, set[int]] = {each.slot: set() for each in workers}
+        first_bucket: int | None = 0
+        while first_bucket is not None:
+            entries = await reader.entries(pool, first_bucket=first_bucket)
+            for block, slots in entries.holders.items():
+                for slot in slots:
+                    held.setdefault(slot, set()).add(block)
+            first_bucket = entries.next_bucket
+    finally:
+        await reader.close()
+    found = {
+        each.worker.incarnation: (held[each.slot], each.num_indexed_blocks, each.digest) for each in workers
+    }
+    return found == {name: (set(blocks), *summary(blocks)) for name, blocks in expected.items()}
+
+
+def summary(blocks: Iterable[int]) -> tuple[int, str]:
+    """Return count and digest as the index lists them."""
+    distinct = set(blocks)
+    return len(distinct), f"{reduce(xor, distinct, 0):016x}"
