@@ -26,6 +26,7 @@ from __future__ import annotations
 
 import functools
 import struct
+from collections.abc import Iterable
 
 from kvindex.blocks import Pool
 
@@ -104,6 +105,21 @@ def log_key(pool: Pool) -> str:
 def removals_key(pool: Pool) -> str:
     """Return the key of the evicted blocks."""
     return directory(pool) + _SUFFIXES["REMOVALS"]
+
+
+def fixed_keys(pool: Pool, slots: Iterable[int]) -> dict[str, list[str]]:
+    """Return the keys that do not grow with the blocks, by what they hold."""
+    slots = list(slots)
+    base = directory(pool)
+    one = {"directory": base, "worker ids": base + _SUFFIXES["IDS"], "live rows": live_key(pool)}
+    two = {"log of slots": log_key(pool), "log of evictions": removals_key(pool)}
+    return {
+        **{name: [key] for name, key in one.items()},
+        "slots": [f"{base}{_SUFFIXES['SLOT']}{slot}" for slot in slots],
+        "reservations": [base + _SUFFIXES["RESERVATIONS"], base + _SUFFIXES["EXPIRY"]],
+        "reservations by slot": [f"{base}{_SUFFIXES['TAKEN']}{slot}" for slot in slots],
+        **{name: [key] for name, key in two.items()},
+    }
 
 
 def lua_names() -> str:

@@ -41,6 +41,7 @@ from kvindex.keys import (
     lua_names,
     removals_key,
 )
+from kvindex.redis_memory import PoolMemory, measure
 from kvindex.worker import (
     Batch,
     Entries,
@@ -59,6 +60,13 @@ _MAX_CONNECTIONS = 32
 
 _RETRIES = 2
 """Every call may be repeated, so a connection that Redis has dropped meanwhile costs no error."""
+
+
+_WORKERS_PER_CALL = 250
+"""About a millisecond of Redis."""
+
+_RESTARTS = 5
+_ALL_WORKERS = 65_536
 
 
 @functools.cache
@@ -216,8 +224,7 @@ class RedisIndexReader:
 
     async def workers(self, pool: Pool) -> tuple[int, list[RegisteredWorker]]:
         """See `IndexReader`."""
-        described, *packed = await self._run("workers", pool)
-        fleet = _Fleet(*packed)
+        described, fleet = await self._describe(pool)
         workers = [
             RegisteredWorker(
                 worker=msgspec.json.decode(worker, type=Worker),
@@ -233,6 +240,23 @@ class RedisIndexReader:
             if (row := fleet.rows.get(slot)) is not None
         ]
         return fleet.version, workers
+
+    async def _describe(self, pool: Pool) -> tuple[list[Any], _Fleet]:
+        """Return what is known of every worker, in short calls and as of one registry version."""
+        described: list[Any] = []
+        version, restarts = None, 0
+        while True:
+            # A registry that changes all the time is read in one call in the end.
+            size = _WORKERS_PER_CALL if restarts < _RESTARTS else _ALL_WORKERS
+            num_workers, part, *packed = await self._run("workers", pool, len(described), size)
+            fleet = _Fleet(*packed)
+            if described and fleet.counter != version:
+                described, restarts = [], restarts + 1
+                continue
+            version = fleet.counter
+            described += part
+            if len(described) >= num_workers:
+                return described, fleet
 
     async def match(self, pool: Pool, hashes: Sequence[BlockHash]) -> Match:
         """See `IndexReader`.
@@ -350,6 +374,17 @@ class RedisIndexReader:
             for event_id, fields in await self._read_log(removals_key(pool), after, max_events)
         ]
 
+    async def memory(self, pool: Pool) -> PoolMemory:
+        """Measure what the pool costs in Redis."""
+        _, workers = await self.workers(pool)
+        with _reaching(self._url):
+            return await measure(self._client, pool, [each.slot for each in workers])
+
+    async def used_memory_bytes(self) -> int:
+        """Return what Redis has allocated in all."""
+        with _reaching(self._url):
+            return int((await self._client.info("memory"))["used_memory"])
+
     async def _read_log(
         self, key: str, after: str | None, max_events: int
     ) -> list[tuple[str, dict[bytes, bytes]]]:
@@ -389,7 +424,7 @@ class _Fleet:
     """The live workers in an answer, by slot in ascending order."""
 
     def __init__(self, head: bytes, packed: bytes, expired: bytes) -> None:
-        self.now_ms, counter = FLEET_HEAD.unpack(head)
+        self.now_ms, self.counter = FLEET_HEAD.unpack(head)
         lapsed = []
         self.rows: dict[int, _Row] = {}
         for slot, at in enumerate(range(0, len(packed), LIVE_ROW.size)):
@@ -402,7 +437,7 @@ class _Fleet:
             if slot in self.rows and self.rows[slot].epoch == epoch:
                 self._discharge(slot, tokens)
         # The counter tells of slots opened and fenced; a lease that ends is no write, so it is added here.
-        self.version = hash((counter, *lapsed))
+        self.version = hash((self.counter, *lapsed))
 
     def _discharge(self, slot: int, tokens: int) -> None:
         row = self.rows[slot]

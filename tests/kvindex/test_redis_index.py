@@ -113,6 +113,38 @@ async def test_scripts_are_loaded_again_after_a_flush(writer, reader, client):
         ).charged
 
 
+async def test_many_workers_are_described_in_slices_of_one_registry_version(writer, reader, monkeypatch):
+    monkeypatch.setattr(redis_index, "_WORKERS_PER_CALL", 10)
+    Fleet(writer, 35)
+    run, calls = reader._run, []
+
+    async def joined_meanwhile(name, pool, *args):
+        calls.append(args)
+        if len(calls) in (2, 5):
+            writer.close_slot(POOL, len(calls), "one")
+        return await run(name, pool, *args)
+
+    monkeypatch.setattr(reader, "_run", joined_meanwhile)
+    version, workers = await reader.workers(POOL)
+    assert sorted(each.slot for each in workers) == sorted({*range(35)} - {2, 5})
+    assert [skipped for skipped, _ in calls] == [0, 10, 0, 10, 20, 0, 10, 20, 30]
+    assert version == (await reader.match(POOL, [])).registry_version
+
+
+async def test_a_registry_that_changes_all_the_time_is_read_at_once(writer, reader, monkeypatch):
+    monkeypatch.setattr(redis_index, "_WORKERS_PER_CALL", 1)
+    Fleet(writer, 3)
+    run = reader._run
+
+    async def restarted_meanwhile(name, pool, *args):
+        writer.open_slot(worker(0), lease_ms=LEASE_MS)
+        return await run(name, pool, *args)
+
+    monkeypatch.setattr(reader, "_run", restarted_meanwhile)
+    _, workers = await reader.workers(POOL)
+    assert {each.worker.worker_id for each in workers} == {worker(number).worker_id for number in range(3)}
+
+
 async def test_reading_writes_nothing(writer, reader, client):
     fleet = Fleet(writer, 2)
     fleet.write(0, random_hashes(500))
