@@ -5,21 +5,25 @@ from __future__ import annotations
 from collections.abc import Iterable, Mapping, Sequence
 from datetime import datetime
 
+from rich.console import Group, RenderableType
 from rich.table import Table
+from rich.text import Text
 
 HOW_TO_JOIN = "Start one with `kvlane serve MODEL`, or `kvlane publish` beside a vLLM that runs."
 
 
-def table(title: str, left: Sequence[str], right: Sequence[str], rows: Iterable[Iterable[str]]) -> Table:
-    """Return a table with some columns of text and then some of numbers."""
-    made = Table(title=title, title_justify="left")
+def table(
+    title: str, left: Sequence[str], right: Sequence[str], rows: Iterable[Iterable[str]]
+) -> RenderableType:
+    """Return a table with some columns of text and then some of numbers, under a line of its own."""
+    made = Table()
     for name in left:
         made.add_column(name, overflow="fold")
     for name in right:
         made.add_column(name, justify="right")
     for row in rows:
         made.add_row(*row)
-    return made
+    return Group(Text(title), made) if title else made
 
 
 def facts(values: Mapping[str, object]) -> Table:
