@@ -153,7 +153,11 @@ class IndexReader(Protocol):
         """
 
     async def sweep(self, pool: Pool, *, max_buckets: int) -> int:
-        """Drop one slice of the entries of dead slots; return how many dead slots are left to sweep."""
+        """Drop one slice of the entries of dead slots; return how many dead slots are left to sweep.
+
+        A slice is `max_buckets` buckets, fewer where they are full. A slot is given out again only when
+        every bucket was visited since it died. Any number of sweepers may call this.
+        """
 
     async def events(self, pool: Pool, *, after: str | None = None, max_events: int) -> list[PoolEvent]:
         """Return what happened to slots, oldest first: the latest, or those that follow the event `after`.

@@ -167,7 +167,7 @@ class RedisIndexWriter:
         return _slot_state(slot, reply)
 
     def blocks_of(self, pool: Pool, slot: int, incarnation: str, *, turn: int) -> SlotPart:
-        """See `IndexWriter`. A part is 4 to 7 buckets, or all of them where they are fewer than 8."""
+        """See `IndexWriter`. A part is 2 or 3 buckets of about 64 entries."""
         reply = self._run("blocks_of", pool, slot, incarnation, turn)
         if reply is None:
             raise SlotLost(f"slot {slot} is fenced or unknown")

@@ -102,6 +102,14 @@ local function union(left, right)
   return words
 end
 
+local function intersection(left, right)
+  local words = {}
+  for index, word in ipairs(left) do
+    words[index] = band(word, right[index] or 0)
+  end
+  return words
+end
+
 local function without(left, right)
   local words = {}
   for index, word in ipairs(left) do

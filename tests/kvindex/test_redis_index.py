@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import itertools
 import random
 import socket
 
@@ -15,7 +16,7 @@ from kvindex import redis_index
 from kvindex.config import IndexConfig
 from kvindex.errors import ConfigError, IndexUnavailable, SlotLost
 from kvindex.index import MAX_BATCH
-from kvindex.keys import LOG_LEFT_S, directory, log_key, removals_key
+from kvindex.keys import LOG_LEFT_S, bucket_key, directory, log_key, removals_key
 from kvindex.redis_index import RedisIndexReader, RedisIndexWriter
 from kvindex.worker import Batch, Load, Worker
 from tests.support.ports import free_ports
@@ -254,6 +255,133 @@ def test_a_batch_of_evictions_is_remembered_in_little_memory(writer, client):
     for number in range(2_000):
         fleet.write(0, [], random_hashes(16, seed=number))
     assert client.memory_usage(removals_key(POOL), samples=0) / 2_000 < 16 * 8 + 64
+
+
+async def swept(reader: RedisIndexReader, client: redis.Redis) -> None:
+    """Sweep until nothing is left to drop and nothing to merge."""
+    seen: list[tuple[int, bytes]] = []
+    while len(seen) < 2 or seen[-1][0] or seen[-1] != seen[-2]:
+        num_left = await reader.sweep(POOL, max_buckets=50)
+        seen.append((num_left, client.hget(directory(POOL), "buckets")))
+
+
+async def test_a_slice_of_a_sweep_is_bounded_whatever_was_asked_for(writer, reader, client):
+    fleet = Fleet(writer, 1)
+    fleet.write(0, random_hashes(5_000))
+    writer.close_slot(POOL, 0, "one")
+    num_slices, num_entries = 0, 5_000
+    while await reader.sweep(POOL, max_buckets=1_000_000):
+        num_left = int(client.hget(directory(POOL), "entries"))
+        assert 0 < num_entries - num_left < 1_024 + 256
+        num_entries = num_left
+        num_slices += 1
+    assert num_slices >= 3
+
+
+async def test_a_fleet_that_goes_at_once_is_fenced_in_slices(writer, reader, client):
+    for number in range(40):
+        writer.open_slot(worker(number), lease_ms=1)
+    await asyncio.sleep(0.1)
+    still_known = [client.hlen(directory(POOL) + ":ids")]
+    while still_known[-1]:
+        await reader.sweep(POOL, max_buckets=1)
+        still_known.append(client.hlen(directory(POOL) + ":ids"))
+    assert max(before - after for before, after in itertools.pairwise(still_known)) == 16
+
+
+async def test_all_memory_comes_back(writer, reader, client):
+    """A pool that has been large is, when all are gone, as small as one that never held a block."""
+    Fleet(writer, 1)
+    writer.close_slot(POOL, 0, "one")
+    await swept(reader, client)
+    baseline, num_keys = client.info("memory")["used_memory"], client.dbsize()
+    fleet = Fleet(writer, 5)
+    for slot in fleet.slots:
+        fleet.write(slot, random_hashes(4_000, seed=slot // 2))
+    assert client.dbsize() > num_keys + 100
+    for slot in fleet.slots:
+        writer.close_slot(POOL, slot, "one")
+    await swept(reader, client)
+    assert (client.dbsize(), buckets(client)) == (num_keys, [])
+    assert client.hmget(directory(POOL), "buckets", "entries") == [b"1", b"0"]
+    # What the buckets took was some 400 kB.
+    assert client.info("memory")["used_memory"] - baseline < 100_000
+
+
+async def test_what_redis_lost_does_not_keep_a_pool_large(writer, reader, client):
+    fleet = Fleet(writer, 1)
+    fleet.write(0, random_hashes(4_000))
+    client.delete(*buckets(client)[:30])
+    writer.close_slot(POOL, 0, "one")
+    await swept(reader, client)
+    assert client.hmget(directory(POOL), "buckets", "entries") == [b"1", b"0"]
+    assert buckets(client) == []
+
+
+async def test_entries_of_slots_that_nobody_has_are_swept_too(writer, reader, client):
+    fleet = Fleet(writer, 2)
+    fleet.write(0, [1, 2])
+    client.hset(bucket_key(POOL, 0), (7).to_bytes(8, "little"), b"\x63\x00")
+    client.hset(bucket_key(POOL, 0), (1).to_bytes(8, "little"), b"\x00\x00\x63\x00")
+    writer.close_slot(POOL, 1, "one")
+    await swept(reader, client)
+    stored = {
+        int.from_bytes(key, "little"): held for key, held in client.hgetall(bucket_key(POOL, 0)).items()
+    }
+    assert stored.keys() == {1, 2}
+    assert len(set(stored.values())) == 1
+
+
+async def test_sweepers_and_publishers_at_once(config, reader, client):
+    """A slot that is given out is always empty, and what lives is never swept."""
+    keeper = RedisIndexWriter(config)
+    kept = keeper.open_slot(worker(99), lease_ms=LEASE_MS)
+    kept_hashes = random_hashes(2_000, seed=99)
+    for at in range(0, len(kept_hashes), MAX_BATCH):
+        batch = Batch(sequence=at // MAX_BATCH + 1, stored=tuple(kept_hashes[at : at + MAX_BATCH]))
+        keeper.apply(POOL, kept, "one", batch)
+    running = True
+
+    async def keep_sweeping() -> None:
+        while running:
+            await reader.sweep(POOL, max_buckets=4)
+
+    def live_and_die(number: int) -> list[int]:
+        own = RedisIndexWriter(config)
+        slots = []
+        for life in range(12):
+            slot = own.open_slot(worker(number), lease_ms=LEASE_MS)
+            part = own.blocks_of(POOL, slot, "one", turn=0)
+            found = [part, *(own.blocks_of(POOL, slot, "one", turn=t) for t in range(1, part.num_parts))]
+            assert not any(each.blocks for each in found)
+            hashes = random_hashes(MAX_BATCH, seed=100 * number + life)
+            shared = kept_hashes[:MAX_BATCH]
+            own.apply(POOL, slot, "one", Batch(sequence=1, stored=tuple(hashes)))
+            state = own.apply(POOL, slot, "one", Batch(sequence=2, stored=tuple(shared)))
+            assert state.num_blocks == 2 * MAX_BATCH
+            slots.append(slot)
+        own.close_slot(POOL, slot, "one")
+        own.close()
+        return slots
+
+    sweepers = [asyncio.create_task(keep_sweeping()) for _ in range(3)]
+    lives = await asyncio.gather(*(asyncio.to_thread(live_and_die, number) for number in range(3)))
+    running = False
+    await asyncio.gather(*sweepers)
+    assert len({slot for slots in lives for slot in slots}) < 36, "no slot was used again"
+    await swept(reader, client)
+    assert sorted(await scan(reader)) == sorted(kept_hashes)
+    assert set((await scan(reader)).values()) == {(kept,)}
+    keeper.close()
+
+
+async def scan(reader: RedisIndexReader) -> dict[int, tuple[int, ...]]:
+    found, first_bucket = {}, 0
+    while first_bucket is not None:
+        entries = await reader.entries(POOL, first_bucket=first_bucket)
+        found |= entries.holders
+        first_bucket = entries.next_bucket
+    return found
 
 
 async def test_a_write_after_a_flush_says_that_the_slot_is_lost(writer, reader, client):

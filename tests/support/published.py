@@ -22,11 +22,13 @@ class CountingWriter(RedisIndexWriter):
     def __init__(self, config: PublisherConfig) -> None:
         super().__init__(config)
         self.num_opened = 0
+        self.opened_at: list[tuple[int, int]] = []  # heartbeats and audits before each slot
         self.num_heartbeats = 0
         self.num_audits = 0
 
     def open_slot(self, worker: Worker, **options: int | bool) -> int:
         slot = super().open_slot(worker, **options)  # type: ignore[arg-type]
+        self.opened_at.append((self.num_heartbeats, self.num_audits))
         self.num_opened += 1
         return slot
 
