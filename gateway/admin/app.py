@@ -84,13 +84,13 @@ def create_app(
         return _unknown(key)
 
     @app.get("/why/{key:path}")
-    async def why(key: str) -> Response:
-        """Return why the decision's worker, and the best holder, did not hold more of the prompt."""
+    async def why(key: str, worker: str | None = None) -> Response:
+        """Return why the decision's worker, the best holder and `worker` did not hold more of the prompt."""
         receipt = receipts.get(key)
         if receipt is None:
             return _unknown(key)
         try:
-            return _json(await historian.why(receipt))
+            return _json(await historian.why(receipt, worker))
         except IndexUnavailable as error:
             return _json({"detail": str(error)}, status=503)
 

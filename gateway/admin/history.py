@@ -9,7 +9,7 @@ from typing import Any
 
 import msgspec
 
-from gateway.admin.why import Finding, Memory, Missed, explain, first_missed, subjects
+from gateway.admin.why import Memory, Missed, explain, first_missed, subjects
 from gateway.fleet import Fleet
 from gateway.receipts import Receipt, Receipts
 from kvindex.blocks import BlockHash, Pool
@@ -29,19 +29,20 @@ class Historian:
         self._fleet = fleet
         self._receipts = receipts
 
-    async def why(self, receipt: Receipt) -> dict[str, Any]:
-        """Return what is known of the chosen worker, and of the best holder where that is another one.
+    async def why(self, receipt: Receipt, worker: str | None = None) -> dict[str, Any]:
+        """Return what is known of the chosen worker, of one that held more, and of `worker` if a candidate.
 
         Raises:
             IndexUnavailable: the index does not answer.
         """
-        choices = subjects(receipt)
-        found = [(choice, first_missed(receipt, choice)) for choice in choices]
-        memory = await self._remember(receipt, [missed for _, missed in found if missed is not None])
+        choices = subjects(receipt, worker)
+        found = (first_missed(receipt, choice) for choice in choices.values())
+        memory = await self._remember(receipt, [missed for missed in found if missed is not None])
         # Comparing thousands of chains takes milliseconds, which belong to the requests.
-        findings: list[Finding] = [
-            await asyncio.to_thread(explain, receipt, each, memory) for each in choices
-        ]
+        findings = {
+            role: await asyncio.to_thread(explain, receipt, choice, memory)
+            for role, choice in choices.items()
+        }
         oldest = memory.earlier[-1].at if memory.earlier else receipt.at
         return {
             "decision_id": receipt.decision_id,
@@ -53,8 +54,7 @@ class Historian:
             "prompt_tokens": receipt.prompt_tokens,
             "matched_tokens": receipt.matched_tokens,
             "receipts_since": oldest,
-            "chosen": msgspec.to_builtins(findings[0]) if findings else None,
-            "best_holder": msgspec.to_builtins(findings[-1]) if len(findings) > 1 else None,
+            "findings": msgspec.to_builtins(findings),
         }
 
     async def _remember(self, receipt: Receipt, missed: list[Missed]) -> Memory:

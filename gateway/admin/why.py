@@ -118,14 +118,18 @@ def first_missed(receipt: Receipt, choice: Choice) -> Missed | None:
     return None if depth is None else Missed(chain, held, depth)
 
 
-def subjects(receipt: Receipt) -> tuple[Choice, ...]:
-    """Return the candidates worth explaining: the chosen one, and the one that held more if there is one."""
+def subjects(receipt: Receipt, worker: str | None = None) -> dict[str, Choice]:
+    """Return the candidates worth explaining: the chosen one, one that held more, and the one asked for."""
     if not receipt.choices:
-        return ()
-    chosen = receipt.choices[0]
+        return {}
+    found = {"chosen": receipt.choices[0]}
     best = max(receipt.choices, key=lambda choice: choice.candidate.overlap_blocks)
-    has_more = best.candidate.overlap_blocks > chosen.candidate.overlap_blocks
-    return (chosen, best) if has_more else (chosen,)
+    if best.candidate.overlap_blocks > receipt.choices[0].candidate.overlap_blocks:
+        found["best_holder"] = best
+    for choice in receipt.choices:
+        if choice.candidate.worker.worker_id == worker:
+            found["asked_for"] = choice
+    return found
 
 
 def explain(receipt: Receipt, choice: Choice, memory: Memory) -> Finding:

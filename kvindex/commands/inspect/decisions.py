@@ -49,13 +49,19 @@ def decision(decision_id: RequestId, admin: AdminUrl = DEFAULT_ADMIN, as_json: A
     show(found, _view_decision(found), as_json=as_json)
 
 
-def why(decision_id: RequestId, admin: AdminUrl = DEFAULT_ADMIN, as_json: AsJson = False) -> None:
+def why(
+    decision_id: RequestId,
+    worker: Annotated[str | None, typer.Option(help="Explain this candidate, too.")] = None,
+    admin: AdminUrl = DEFAULT_ADMIN,
+    as_json: AsJson = False,
+) -> None:
     """Say why the worker of a request did not hold more of its prompt, and why the best holder did not.
 
     Known are the requests that the asked gateway remembers, and what the index remembers of evictions and
     restarts. Neither text nor tokens nor salts are kept anywhere.
     """
-    found = ask(admin, "GET", f"/why/{quote(decision_id, safe='')}")
+    asked = f"?worker={quote(worker, safe='')}" if worker else ""
+    found = ask(admin, "GET", f"/why/{quote(decision_id, safe='')}{asked}")
     show(found, Group(*_view_why(found)), as_json=as_json)
 
 
@@ -104,18 +110,24 @@ def _candidates(found: Sequence[Mapping[str, Any]]) -> RenderableType:
     return table("candidates, best first", ["worker"], titles, rows)
 
 
+_ROLES = {
+    "chosen": "The chosen worker",
+    "best_holder": "The best holder",
+    "asked_for": "The worker asked for",
+}
+
+
 def _view_why(found: Mapping[str, Any]) -> Iterator[RenderableType]:
-    apart = {"chosen", "best_holder", "receipts_since"}
+    apart = {"findings", "receipts_since"}
     values = {name: value for name, value in found.items() if name not in apart}
     times = {"at": local_time(found["at"]), "requests known since": local_time(found["receipts_since"])}
     yield facts(values | times)
-    if found["chosen"] is None:
+    if not found["findings"]:
         reason = found["fallback"] or "its path carries no prompt that is understood"
         yield Text(f"The index was not asked ({reason}): nothing is known of blocks.")
         return
-    yield from _view_finding("The chosen worker", found["chosen"])
-    if found["best_holder"]:
-        yield from _view_finding("The best holder", found["best_holder"])
+    for role, finding in found["findings"].items():
+        yield from _view_finding(_ROLES[role], finding)
 
 
 def _view_finding(who: str, finding: Mapping[str, Any]) -> Iterator[RenderableType]:

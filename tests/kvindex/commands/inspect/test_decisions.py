@@ -144,8 +144,7 @@ WHY = {
     "prompt_tokens": 1200,
     "matched_tokens": 1024,
     "receipts_since": 1.0,
-    "chosen": finding(),
-    "best_holder": None,
+    "findings": {"chosen": finding()},
 }
 
 
@@ -157,15 +156,17 @@ def test_why(inspect, admin):
         assert word in shown
     assert "best holder" not in shown
     other = finding(worker="10.0.0.2:8000", reason="never_stored", holders_now=["10.0.0.3:8000"])
-    answers["GET", "/why/client-7"] = (200, WHY | {"best_holder": other})
+    answers["GET", "/why/client-7"] = (200, WHY | {"findings": {"chosen": finding(), "best_holder": other}})
     shown = inspect("why", "client-7", "--admin", url).stdout
     for word in ("The best holder, 10.0.0.2:8000", "never stored", "10.0.0.3:8000"):
         assert word in shown
     found = inspect("why", "client-7", "--json", "--admin", url).stdout
-    assert json.loads(found)["best_holder"] == other
+    assert json.loads(found)["findings"]["best_holder"] == other
+    answers["GET", "/why/client-7?worker=a%3A1"] = (200, WHY | {"findings": {"asked_for": other}})
+    assert "asked for" in inspect("why", "client-7", "--worker", "a:1", "--admin", url).stdout
 
 
 def test_why_without_a_lookup_says_so(inspect, admin):
     url, answers, _ = admin
-    answers["GET", "/why/x"] = (200, WHY | {"chosen": None, "fallback": "index_deadline"})
+    answers["GET", "/why/x"] = (200, WHY | {"findings": {}, "fallback": "index_deadline"})
     assert "was not asked (index_deadline)" in inspect("why", "x", "--admin", url).stdout
