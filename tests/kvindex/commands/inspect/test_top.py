@@ -1,6 +1,8 @@
 """`kvlane inspect top` over a real Redis, with and without a gateway."""
 
 import json
+import os
+import pty
 import signal
 import subprocess
 import sys
@@ -73,13 +75,18 @@ def test_without_redis_there_is_one_line(inspect):
 def test_it_watches_until_it_is_interrupted(redis_url, worker, gateway):
     command = [sys.executable, "-m", "kvindex.cli", "inspect", "top", "--interval", "0.2"]
     command += ["--redis-url", redis_url, "--admin", gateway]
-    with subprocess.Popen(command, stdout=subprocess.PIPE, text=True) as process:
-        for line in process.stdout:
-            if "1 workers" in line:
-                break
-        process.send_signal(signal.SIGINT)
-        process.stdout.read()
-        assert process.wait(timeout=30) in (0, 130)
+    terminal, inside = pty.openpty()
+    with subprocess.Popen(command, stdin=inside, stdout=inside, stderr=inside) as process:
+        try:
+            shown = b""
+            while shown.count(b"1 workers, 5 running") < 2:
+                shown += os.read(terminal, 65_536)
+            process.send_signal(signal.SIGINT)
+            assert process.wait(timeout=30) in (0, 130)
+        finally:
+            process.kill()
+    os.close(terminal)
+    os.close(inside)
 
 
 async def test_a_thousand_workers(redis_url, publisher):
