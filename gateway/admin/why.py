@@ -53,6 +53,8 @@ class Finding(msgspec.Struct, frozen=True, kw_only=True):
 
     worker: str
     overlap_blocks: int
+    num_blocks: int
+    """Full blocks of the prompt."""
     reason: Reason
     detail: str
     """One line for people."""
@@ -127,7 +129,7 @@ def subjects(receipt: Receipt, worker: str | None = None) -> dict[str, Choice]:
     if best.candidate.overlap_blocks > receipt.choices[0].candidate.overlap_blocks:
         found["best_holder"] = best
     for choice in receipt.choices:
-        if choice.candidate.worker.worker_id == worker:
+        if choice.candidate.worker.worker_id == worker and choice not in found.values():
             found["asked_for"] = choice
     return found
 
@@ -137,13 +139,19 @@ def explain(receipt: Receipt, choice: Choice, memory: Memory) -> Finding:
     missed = first_missed(receipt, choice)
     worker, held = choice.candidate.worker.worker_id, choice.candidate.overlap_blocks
     if missed is None:
+        chain = chain_of(receipt, choice)
         return Finding(
-            worker=worker, overlap_blocks=held, reason=Reason.HELD, detail=_all_held(receipt, choice)
+            worker=worker,
+            overlap_blocks=held,
+            num_blocks=chain.num_blocks if chain else 0,
+            reason=Reason.HELD,
+            detail=_all_held(receipt, choice),
         )
     cause = _Search(receipt, choice, missed, memory).cause()
     return Finding(
         worker=worker,
         overlap_blocks=held,
+        num_blocks=missed.chain.num_blocks,
         reason=cause.reason,
         detail=cause.detail,
         missed_tokens=missed.tokens,

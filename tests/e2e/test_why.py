@@ -72,7 +72,8 @@ def why(fleet: LocalFleet, decision_id: str, worker: str | None = None) -> dict[
     asked = ["--worker", worker] if worker else []
     ran = CliRunner().invoke(app, ["why", decision_id, "--json", "--admin", fleet.admin_url, *asked])
     assert ran.exception is None
-    return json.loads(ran.stdout)["findings"]["asked_for" if worker else "chosen"]
+    findings = json.loads(ran.stdout)["findings"].values()
+    return next(each for each in findings if worker in (None, each["worker"]))
 
 
 def other(fleet: LocalFleet, worker: str) -> str:

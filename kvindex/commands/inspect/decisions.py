@@ -132,7 +132,8 @@ def _view_why(found: Mapping[str, Any]) -> Iterator[RenderableType]:
 
 def _view_finding(who: str, finding: Mapping[str, Any]) -> Iterator[RenderableType]:
     yield Text()
-    yield Text(f"{who}, {finding['worker']}, held {finding['overlap_blocks']:,} blocks of it.")
+    held, num_blocks = finding["overlap_blocks"], finding["num_blocks"]
+    yield Text(f"{who}, {finding['worker']}, held {held:,} of its {num_blocks:,} full blocks.")
     values: dict[str, object] = {"reason": f"{finding['reason'].replace('_', ' ')}: {finding['detail']}"}
     if finding["missed_tokens"] is not None:
         first, last = finding["missed_tokens"]

@@ -17,8 +17,8 @@ def table(
 ) -> RenderableType:
     """Return a table with some columns of text and then some of numbers, under a line of its own."""
     made = Table()
-    for name in left:
-        made.add_column(name, overflow="fold")
+    for index, name in enumerate(left):
+        made.add_column(name, overflow="fold", no_wrap=index == 0)
     for name in right:
         made.add_column(name, justify="right")
     for row in rows:

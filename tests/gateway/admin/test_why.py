@@ -122,7 +122,8 @@ class Gateway:
         assert answer.status_code == 200, answer.text
         self.text = answer.text
         findings = answer.json()["findings"]
-        return SimpleNamespace(**findings["asked_for" if engine else "chosen"], others=findings)
+        wanted = [each for each in findings.values() if engine is None or each["worker"] == engine.name]
+        return SimpleNamespace(**wanted[0], others=findings)
 
 
 @contextlib.asynccontextmanager

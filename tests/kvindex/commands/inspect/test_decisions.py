@@ -123,6 +123,7 @@ def finding(**fields: object) -> dict[str, object]:
     return {
         "worker": "10.0.0.1:8000",
         "overlap_blocks": 64,
+        "num_blocks": 75,
         "reason": "evicted",
         "detail": "10.0.0.1:8000 evicted it at 12:00:00.000Z",
         "missed_tokens": [1024, 1040],
@@ -152,7 +153,13 @@ def test_why(inspect, admin):
     url, answers, _ = admin
     answers["GET", "/why/client-7"] = (200, WHY)
     shown = inspect("why", "client-7", "--admin", url).stdout
-    for word in ("held 64 blocks", "evicted: 10.0.0.1:8000", "1,024 to 1,039", "beef", "nobody"):
+    for word in (
+        "held 64 of its 75 full blocks",
+        "evicted: 10.0.0.1:8000",
+        "1,024 to 1,039",
+        "beef",
+        "nobody",
+    ):
         assert word in shown
     assert "best holder" not in shown
     other = finding(worker="10.0.0.2:8000", reason="never_stored", holders_now=["10.0.0.3:8000"])
