@@ -29,7 +29,7 @@ log = structlog.get_logger(__name__)
 
 SWEEP_INTERVAL_S = 1.0
 SWEEP_PAUSE_S = 0.02
-SWEEP_BUCKETS = 16
+SWEEP_BUCKETS = 8
 """Buckets of one slice: well under 5 ms of the Redis core that everyone shares."""
 
 PROBE_AGAIN_AFTER_S = 1.0

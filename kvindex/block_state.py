@@ -9,16 +9,22 @@ from kvindex.blocks import BlockHash, hash_blocks, root_hash
 from kvindex.events import BlockRemoved, BlockStored, EngineHash, split_extra_keys
 
 _DEVICE_MEDIA = frozenset({None, "GPU"})
-_INDEXED_GROUPS = frozenset({None, 0})
-# Kinds of attention whose block stands for the whole prefix before it.
-_WHOLE_PREFIX_KINDS = frozenset({None, "full_attention", "mla_attention", "sink_full_attention"})
+# Kinds of attention whose block is of use only with every block before it, and is kept as long as they are.
+_WHOLE_PREFIX_KINDS = frozenset({"full_attention", "mla_attention", "sink_full_attention"})
 
 
 class BlockState:
     """Follows one engine's device cache.
 
     The engine keeps identical blocks apart: it reports each physical copy when it is stored and when it
-    is evicted. A block is present while it has at least one copy.
+    is evicted. A block is present while it has at least one copy. (Copies that are reported twice, as vLLM
+    does for requests with `kv_cache_report_mode` "full", are counted twice and stay until the cache is
+    cleared.)
+
+    A hybrid model keeps the blocks of each KV cache group apart. One group is followed, the first whose
+    attention is over the whole prefix, whatever its index: its blocks say how far a prefix may be reused.
+    Blocks of a sliding window or a recurrent state stand for a place and not for what is before it.
+    Engines that do not name the kind of attention have their first group followed.
 
     Args:
         model: the base model's served name.
@@ -34,8 +40,14 @@ class BlockState:
         self._engine_copies: Counter[EngineHash] = Counter()
         self._copies: Counter[BlockHash] = Counter()
         self._digest = 0
+        self._group_idx: int | None = None
         self.skipped: Counter[str] = Counter()
         """Blocks left out, by reason: medium, group, attention, block_size, shape, parent, unknown."""
+
+    @property
+    def is_following(self) -> bool:
+        """Whether the engine has shown a KV cache group that can be indexed."""
+        return self._group_idx is not None
 
     @property
     def num_blocks(self) -> int:
@@ -72,8 +84,9 @@ class BlockState:
         )
         hashes = hash_blocks(parent, event.token_ids, self._block_size, extra_keys)
         appeared: list[BlockHash] = []
-        for engine_hash, block in zip(event.block_hashes, hashes, strict=True):
-            self._ours[engine_hash] = block
+        for engine_hash, stored in zip(event.block_hashes, hashes, strict=True):
+            # An engine's hash keeps its meaning while it has copies: removals find what stores counted.
+            block = self._ours.setdefault(engine_hash, stored)
             self._engine_copies[engine_hash] += 1
             self._copies[block] += 1
             if self._copies[block] == 1:
@@ -83,7 +96,7 @@ class BlockState:
 
     def remove(self, event: BlockRemoved) -> list[BlockHash]:
         """Count one copy of each of the event's blocks out; return those that have none left."""
-        if reason := _why_elsewhere(event):
+        if reason := self._why_elsewhere(event):
             self.skipped[reason] += len(event.block_hashes)
             return []
         vanished: list[BlockHash] = []
@@ -104,12 +117,9 @@ class BlockState:
 
     def _why_skipped(self, event: BlockStored) -> str | None:
         """Return why these blocks cannot be indexed, None if they can."""
-        if reason := _why_elsewhere(event):
+        if reason := self._why_elsewhere(event) or self._why_unsuitable(event):
             return reason
-        if event.kv_cache_spec_kind not in _WHOLE_PREFIX_KINDS:
-            return "attention"
-        if event.block_size != self._block_size:
-            return "block_size"
+        self._group_idx = _group_of(event)
         num_blocks = len(event.block_hashes)
         if len(event.token_ids) != num_blocks * self._block_size or (
             event.extra_keys and len(event.extra_keys) != num_blocks
@@ -119,9 +129,21 @@ class BlockState:
             return "parent"
         return None
 
+    def _why_unsuitable(self, event: BlockStored) -> str | None:
+        """Return why the event's KV cache group cannot be followed."""
+        if event.kv_cache_spec_kind is None:
+            if _group_of(event):
+                return "group"
+        elif event.kv_cache_spec_kind not in _WHOLE_PREFIX_KINDS:
+            return "attention"
+        return "block_size" if event.block_size != self._block_size else None
 
-def _why_elsewhere(event: BlockStored | BlockRemoved) -> str | None:
-    """Return why the event is not about the part of the cache that is followed here."""
-    if event.medium not in _DEVICE_MEDIA:
-        return "medium"
-    return None if event.group_idx in _INDEXED_GROUPS else "group"
+    def _why_elsewhere(self, event: BlockStored | BlockRemoved) -> str | None:
+        """Return why the event is not about the part of the cache that is followed."""
+        if event.medium not in _DEVICE_MEDIA:
+            return "medium"
+        return "group" if self._group_idx not in (None, _group_of(event)) else None
+
+
+def _group_of(event: BlockStored | BlockRemoved) -> int:
+    return event.group_idx or 0

@@ -18,6 +18,7 @@ from kvindex.events import EngineEvent, decode_batch
 _RECEIVE_QUEUE_MESSAGES = 100_000
 _MOST_MESSAGES_A_POLL = 256
 _END_OF_REPLAY = -1
+_NUM_FRAMES = 3
 
 
 class EventSource(Protocol):
@@ -121,7 +122,10 @@ class ZmqEventSource:
         timeout_ms = int(timeout_s * 1000)
         while len(messages) < _MOST_MESSAGES_A_POLL and self._socket.poll(timeout_ms):
             timeout_ms = 0
-            _, packed_sequence, payload = self._socket.recv_multipart()
+            frames = self._socket.recv_multipart()
+            if len(frames) != _NUM_FRAMES:
+                continue  # not vLLM's; were it an event, the next one's sequence would tell
+            _, packed_sequence, payload = frames
             sequence = int.from_bytes(packed_sequence, "big")
             restarted = sequence <= self._last_live
             self._last_live = sequence
@@ -147,7 +151,10 @@ class ZmqEventSource:
             socket.connect(self._replay_endpoint)
             socket.send_multipart((b"", first.to_bytes(8, "big")))
             while socket.poll(self._replay_timeout_ms):
-                *_, packed_sequence, payload = socket.recv_multipart()
+                frames = socket.recv_multipart()
+                if len(frames) < _NUM_FRAMES - 1:
+                    break  # whoever answers is no engine
+                *_, packed_sequence, payload = frames
                 sequence = int.from_bytes(packed_sequence, "big", signed=True)
                 if sequence == _END_OF_REPLAY:
                     break

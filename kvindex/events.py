@@ -21,7 +21,11 @@ TokenId = Annotated[int, msgspec.Meta(ge=0, lt=1 << 32)]
 
 
 class BlockStored(msgspec.Struct, frozen=True, tag=True):
-    """Consecutive blocks became reusable; one event for every physical copy."""
+    """Consecutive blocks became reusable; one event for every physical copy.
+
+    A request that asks vLLM for `kv_cache_report_mode` "full" also has the blocks reported that it reuses,
+    which nothing tells from new copies: see `BlockState`.
+    """
 
     block_hashes: list[EngineHash]
     parent_block_hash: EngineHash | None
@@ -76,12 +80,12 @@ def decode_batch(payload: bytes) -> list[EngineEvent]:
     """
     try:
         return _MAPS.decode(payload).events
-    except (msgspec.DecodeError, UnicodeDecodeError):
+    except (msgspec.DecodeError, UnicodeDecodeError, RecursionError):
         pass  # positional arrays, or not an event batch at all
     try:
         named = [_by_name(event) for event in _ANY.decode(payload).events]
         return msgspec.convert(named, list[EngineEvent], builtin_types=(bytes,))
-    except (msgspec.DecodeError, UnicodeDecodeError, LookupError, TypeError) as error:
+    except (msgspec.DecodeError, UnicodeDecodeError, RecursionError, LookupError, TypeError) as error:
         raise MalformedEvent(f"cannot read a KV event batch of {len(payload)} bytes: {error}") from error
 
 

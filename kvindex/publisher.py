@@ -35,7 +35,7 @@ _MOST_NAMED = 5
 # Skipped blocks that somebody should know of: nothing of this kind will ever be routed to.
 _ALARMING = {
     "block_size": "the engine's KV events are about blocks of another size",
-    "attention": "the engine's first KV cache group is not full attention",
+    "attention": "no KV cache group of the engine has attention over the whole prefix",
     "shape": "the engine's KV events do not carry one block of tokens for each block",
 }
 
@@ -105,7 +105,7 @@ class Publisher:
         self._turn = 0
         self._backoff_s = _FIRST_BACKOFF_S
         self._alarmed: set[str] = set()
-        self._conflict_logged = False
+        self._num_conflicts = 0
         self._stopping = threading.Event()
         self._thread = threading.Thread(target=self._run, name="kvlane-publisher", daemon=True)
         self._log = _log.bind(worker=worker.worker_id, incarnation=worker.incarnation)
@@ -188,13 +188,15 @@ class Publisher:
         except IndexUnavailable as error:
             self._back_off(error)
         except WorkerConflict as error:
-            if not self._conflict_logged:
+            self._num_conflicts += 1
+            if self._num_conflicts == 1:
+                self._log.info("waiting for the lease of the process before to end", holder=str(error))
+            elif self._num_conflicts == 2:
                 self._log.error(
                     "another live process publishes under this endpoint; waiting for its lease to end. "
                     "If both are meant to run, give each its own endpoint (kvlane.endpoint).",
                     holder=str(error),
                 )
-            self._conflict_logged = True
             self._retry_at_s = time.monotonic() + self._config.lease_ms / 1000
         except _Drifted as error:
             self._log.warning(
@@ -222,7 +224,7 @@ class Publisher:
         )
         self._outbox = Outbox(self._state.hashes)
         self._unwritten_since_s = time.monotonic() if self._outbox else None
-        self._conflict_logged = False
+        self._num_conflicts = 0
         self._reported = None
         self._look_at_s = 0.0
         self._log.info("registered", slot=self._slot, num_blocks=self._state.num_blocks)
@@ -352,7 +354,9 @@ class Publisher:
         skipped, self._state.skipped = self._state.skipped, Counter()
         for reason, num_blocks in skipped.items():
             metrics.BLOCKS_SKIPPED.labels(self._worker.worker_id, reason).inc(num_blocks)
-        for reason in skipped.keys() & _ALARMING.keys() - self._alarmed:
+        # Beside a group that is followed, a hybrid model has others.
+        usual = {"attention"} if self._state.is_following else set()
+        for reason in skipped.keys() & _ALARMING.keys() - self._alarmed - usual:
             self._alarmed.add(reason)
             self._log.error(f"{_ALARMING[reason]}: they are not indexed", block_size=self._worker.block_size)
 

@@ -244,18 +244,18 @@ class RedisIndexReader:
     async def _describe(self, pool: Pool) -> tuple[list[Any], _Fleet]:
         """Return what is known of every worker, in short calls and as of one registry version."""
         described: list[Any] = []
-        version, restarts = None, 0
+        first, version, restarts = 0, None, 0
         while True:
             # A registry that changes all the time is read in one call in the end.
             size = _WORKERS_PER_CALL if restarts < _RESTARTS else _ALL_WORKERS
-            num_workers, part, *packed = await self._run("workers", pool, len(described), size)
+            num_workers, part, *packed = await self._run("workers", pool, first, size)
             fleet = _Fleet(*packed)
-            if described and fleet.counter != version:
-                described, restarts = [], restarts + 1
+            if first and fleet.counter != version:
+                described, first, restarts = [], 0, restarts + 1
                 continue
-            version = fleet.counter
             described += part
-            if len(described) >= num_workers:
+            first, version = first + size, fleet.counter
+            if first >= num_workers:
                 return described, fleet
 
     async def match(self, pool: Pool, hashes: Sequence[BlockHash]) -> Match:

@@ -108,7 +108,8 @@ class Match(msgspec.Struct, frozen=True, kw_only=True):
     """Slot to leading blocks present; slots without any are left out."""
     stride: int
     """Blocks per probe: the overlap is exact to within `stride - 1` blocks, never above the truth
-    while prefixes have no holes."""
+    while prefixes have no holes. With holes it is never a stride or more below the truth either, and
+    above it only at the end of a later run: the probed block is held, the next probe is not."""
     registry_version: int
     """Changes whenever a worker joins, leaves or is replaced."""
 

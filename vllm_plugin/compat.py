@@ -14,6 +14,7 @@ from vllm.distributed.kv_transfer.kv_connector.v1.base import (
     KVConnectorRole,
     SupportsHMA,
 )
+from vllm.v1.kv_cache_interface import FullAttentionSpec
 
 from kvindex.errors import ConfigError
 
@@ -33,6 +34,8 @@ __all__ = [
     "bytes_per_token",
     "cached_tokens_counter",
     "event_endpoints",
+    "followed_group",
+    "report_new_copies_only",
 ]
 
 ENGINE = f"vLLM {vllm.__version__}"
@@ -40,9 +43,20 @@ ENGINE = f"vLLM {vllm.__version__}"
 EVENTS_FLAG = """--kv-events-config '{"enable_kv_cache_events": true, "endpoint": "inproc://kvlane"}'"""
 
 
+def followed_group(kv_cache_config: KVCacheConfig) -> int:
+    """Return the index of the KV cache group that is indexed: the first with full attention in all layers."""
+    for index, group in enumerate(kv_cache_config.kv_cache_groups):
+        spec = group.kv_cache_spec
+        specs = spec.kv_cache_specs.values() if hasattr(spec, "kv_cache_specs") else (spec,)
+        if all(isinstance(each, FullAttentionSpec) for each in specs):
+            return index
+    return 0
+
+
 def block_size(kv_cache_config: KVCacheConfig) -> int:
-    """Return the tokens per block of the first KV cache group, which its events are about."""
-    size: int = kv_cache_config.kv_cache_groups[0].kv_cache_spec.block_size
+    """Return the tokens per block of the KV cache group that is indexed."""
+    group = kv_cache_config.kv_cache_groups[followed_group(kv_cache_config)]
+    size: int = group.kv_cache_spec.block_size
     return size
 
 
@@ -57,18 +71,28 @@ def bytes_per_token(vllm_config: VllmConfig, kv_cache_config: KVCacheConfig) -> 
     return total_bytes * int(vllm_config.parallel_config.tensor_parallel_size)
 
 
-def cached_tokens_counter(block_pool: BlockPool, block_size: int) -> Callable[[Request], int]:
+def report_new_copies_only(request: Request) -> None:
+    """Keep vLLM from reporting blocks as stored that the request only reuses; they would be counted twice."""
+    if getattr(request, "kv_cache_report_mode", None) is not None:
+        request.kv_cache_report_mode = "incremental"
+
+
+def cached_tokens_counter(
+    block_pool: BlockPool, block_size: int, group_index: int = 0
+) -> Callable[[Request], int]:
     """Return a function that tells how many leading tokens of a new request are in the device cache.
 
     It looks up a logarithmic number of blocks, as prefixes have no holes but for a moment. For models whose
-    groups have blocks of several sizes, whose hashes are finer than the first group's blocks, it says 0.
+    groups have blocks of several sizes, whose hashes are finer than this group's blocks, it says 0.
     """
 
     def count(request: Request) -> int:
         if block_pool.hash_block_size != block_size:
             return 0
         num_blocks = bisect_left(
-            request.block_hashes, True, key=lambda block: block_pool.get_cached_block(block, [0]) is None
+            request.block_hashes,
+            True,
+            key=lambda block: block_pool.get_cached_block(block, [group_index]) is None,
         )
         return num_blocks * block_size
 

@@ -53,12 +53,13 @@ class SchedulerSide:
             labels=self._config.labels,
             engine=compat.ENGINE,
         )
+        self._group_index = compat.followed_group(kv_cache_config)
         self._load: LoadTracker | None = None
         self._publisher: Publisher | None = None
 
     def start(self, block_pool: BlockPool) -> None:
         """Begin to publish; `block_pool` is the scheduler's, which only its thread may change."""
-        count = compat.cached_tokens_counter(block_pool, self.worker.block_size)
+        count = compat.cached_tokens_counter(block_pool, self.worker.block_size, self._group_index)
         self._load = LoadTracker(count, block_pool.get_usage)
         if self._config.metrics_port:
             metrics.serve(self._config.metrics_port + self.worker.dp_rank)
@@ -78,6 +79,7 @@ class SchedulerSide:
 
     def on_new_request(self, request: Request) -> None:
         """Count the request in."""
+        compat.report_new_copies_only(request)
         if self._load is not None:
             self._load.add(request)
 

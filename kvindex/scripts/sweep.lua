@@ -10,7 +10,7 @@
 -- Returns  number of dead slots that are not free yet
 
 -- Both keep a call within a few milliseconds.
-local MOST_ENTRIES = 1024
+local MOST_ENTRIES = 512
 local MOST_FENCED = 16
 
 local budget = tonumber(ARGV[1])

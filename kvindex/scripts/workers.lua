@@ -10,6 +10,8 @@ local described = {}
 for index = first + 1, math.min(first + ARGV[2], #slots) do
   local slot = slots[index]
   local state = redis.call('HMGET', SLOT .. slot, 'worker', 'count', 'digest')
-  described[#described + 1] = {slot, state[1], tonumber(state[2]), state[3]}
+  if state[1] then -- Redis may have lost it
+    described[#described + 1] = {slot, state[1], tonumber(state[2]), state[3]}
+  end
 end
 return {#slots, described, fleet(now_ms())}

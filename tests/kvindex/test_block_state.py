@@ -140,6 +140,50 @@ def test_removals_elsewhere_or_of_unknown_blocks_change_nothing():
     assert state.skipped == Counter(medium=1, group=1, unknown=1)
 
 
+def test_of_a_hybrid_model_the_group_of_the_whole_prefix_is_followed():
+    """As vLLM tells of two sliding-window groups before the full one, and of a second full one."""
+    state = BlockState(MODEL, 2)
+    windows = {"kv_cache_spec_kind": "sliding_window"}
+    full = {"kv_cache_spec_kind": "full_attention"}
+    assert not state.is_following
+    assert state.store(store([1], [1, 2], group_idx=0, **windows)) == []
+    assert not state.is_following
+    assert state.store(store([1], [1, 2], group_idx=1, block_size=1, **full)) == []
+    (block,) = state.store(store([1], [1, 2], group_idx=2, **full))
+    assert state.is_following
+    assert state.store(store([1], [1, 2], group_idx=3, **full)) == []
+    for elsewhere in (0, 1, 3):
+        assert state.remove(remove(1, group_idx=elsewhere)) == []
+    assert state.remove(remove(1, group_idx=2)) == [block]
+    assert state.skipped == Counter(attention=1, block_size=1, group=4)
+
+
+def test_an_engine_that_calls_its_only_group_nothing_is_followed():
+    state = BlockState(MODEL, 2)
+    (block,) = state.store(store([1], [1, 2], group_idx=None))
+    assert state.remove(remove(1, group_idx=0)) == [block]
+
+
+def test_an_engine_hash_that_changes_its_meaning_leaves_nothing_behind():
+    state = BlockState(MODEL, 2)
+    (block,) = state.store(store([1], [1, 2]))
+    assert state.store(store([1], [3, 4])) == []
+    assert state.remove(remove(1)) == []
+    assert state.remove(remove(1)) == [block]
+    assert (state.num_blocks, state.digest) == (0, 0)
+
+
+def test_blocks_reported_again_by_a_request_that_reuses_them_stay_until_the_cache_is_cleared():
+    """The documented price of vLLM's `kv_cache_report_mode` "full"; the connector switches it off."""
+    state = BlockState(MODEL, 2)
+    for _ in range(2):
+        state.store(store([1], [1, 2]))
+    assert state.remove(remove(1)) == []
+    assert state.num_blocks == 1
+    state.clear()
+    assert state.num_blocks == 0
+
+
 @dataclass
 class PhysicalBlock:
     engine_hash: int

@@ -64,6 +64,9 @@ class Engine:
         if not lose:
             self._publisher.send_multipart((b"topic", sequence.to_bytes(8, "big"), content))
 
+    def send(self, frames: list[bytes]) -> None:
+        self._publisher.send_multipart(frames)
+
     def _answer(self, router: zmq.Socket[bytes]) -> None:
         topic = (b"topic",) if self._with_topic else ()
         while not self._closing.is_set():
@@ -214,6 +217,14 @@ def test_a_restarted_engine_is_a_loss_and_its_own_past_is_read(replay: bool):
             source.poll(PATIENCE_S)
         engine.publish(2, payload(102))
         assert drain(source, 3 if replay else 2) == ([100, 101, 102] if replay else [101, 102])
+
+
+@pytest.mark.parametrize("frames", [[b""], [b"topic", b"more"], [b"a", b"b", b"c", b"d"]])
+def test_messages_that_are_not_vllms_are_passed_over(engine: Engine, frames: list[bytes]):
+    with closing(opened(engine)) as source:
+        engine.send(frames)
+        engine.publish(0)
+        assert drain(source, 1) == [0]
 
 
 def test_an_unreadable_message_is_a_loss(engine: Engine):

@@ -1,6 +1,9 @@
 import contextlib
 import time
+import tracemalloc
 from collections.abc import Callable
+from functools import reduce
+from operator import xor
 from typing import Any
 
 import msgspec
@@ -8,6 +11,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
+from kvindex.block_state import BlockState
 from kvindex.errors import MalformedEvent
 from kvindex.events import AllBlocksCleared, BlockRemoved, BlockStored, decode_batch, split_extra_keys
 from tests.support.recordings import VERSIONS, recorded_payloads
@@ -122,6 +126,80 @@ def test_damaged_recordings_decode_or_raise_the_named_error(data: st.DataObject)
         payload[data.draw(st.integers(0, len(payload) - 1))] = data.draw(st.integers(0, 255))
     with contextlib.suppress(MalformedEvent):
         decode_batch(bytes(payload))
+
+
+def follow(payload: bytes) -> None:
+    """Decode and follow as a publisher does."""
+    with contextlib.suppress(MalformedEvent):
+        state = BlockState("m", 2)
+        for event in decode_batch(payload):
+            match event:
+                case BlockStored():
+                    state.store(event)
+                case BlockRemoved():
+                    state.remove(event)
+        assert state.num_blocks <= len(payload)
+        assert state.digest == reduce(xor, state.hashes, 0)
+
+
+VALUES = st.recursive(
+    st.none()
+    | st.booleans()
+    | st.integers(-(2**63), 2**64 - 1)
+    | st.floats()
+    | st.text(max_size=4)
+    | st.binary(max_size=9)
+    | st.builds(msgspec.msgpack.Ext, st.integers(-128, 127), st.binary(max_size=12)),
+    lambda inner: st.lists(inner, max_size=4) | st.dictionaries(st.text(max_size=4), inner, max_size=3),
+    max_leaves=12,
+)
+HASHES = st.integers(0, 5) | st.sampled_from([b"x" * 32, 2**64 - 1])
+
+
+@st.composite
+def events(draw: st.DrawFn) -> object:
+    """An event that is right but for up to two fields."""
+    num_blocks = draw(st.integers(0, 3))
+    several = st.lists(HASHES, min_size=num_blocks, max_size=num_blocks)
+    event = draw(st.sampled_from([STORED, REMOVED, CLEARED])) | {"block_hashes": draw(several)}
+    if event["type"] == "BlockStored":
+        keys = draw(st.none() | st.lists(VALUES, min_size=num_blocks, max_size=num_blocks))
+        event |= {"token_ids": [1] * (2 * num_blocks), "extra_keys": keys}
+        event |= {"parent_block_hash": draw(st.none() | HASHES)}
+    for name in draw(st.lists(st.sampled_from([*STORED, "kv_cache_spec_kind", "new"]), max_size=2)):
+        event[name] = draw(VALUES)
+    return draw(st.sampled_from([as_map, as_array]))(event)
+
+
+@given(st.lists(VALUES | events(), max_size=6), st.lists(VALUES, max_size=2))
+def test_whatever_an_engine_says_is_followed_or_refused_by_name(said: list[object], tail: list[object]):
+    follow(batch(*said, tail=tuple(tail)))
+
+
+@given(VALUES)
+def test_any_value_is_followed_or_refused_by_name(value: object):
+    follow(msgspec.msgpack.encode(value))
+
+
+@pytest.mark.parametrize("depth", [20, 300, *range(880, 1_010, 3), 100_000])
+def test_nesting_is_followed_or_refused_by_name(depth: int):
+    keys = b"\x91" * depth + b"\xc0"
+    for field in ("extra_keys", "new"):
+        payload = batch(STORED | {"block_hashes": [1], "token_ids": [1, 2], field: [["here"]]})
+        follow(payload.replace(b"\xa4here", keys))
+
+
+@pytest.mark.parametrize("header", [b"\xdd", b"\xdf", b"\xc6", b"\xdb"])
+def test_a_length_that_is_not_there_takes_no_memory(header: bytes):
+    """Lists, maps, bytes and texts of 4 billion items, announced and not sent."""
+    for field in ("block_hashes", "token_ids", "extra_keys", "new"):
+        payload = batch(STORED | {field: "here"}).replace(b"\xa4here", header + b"\xff" * 4)
+        tracemalloc.start()
+        with pytest.raises(MalformedEvent):
+            decode_batch(payload)
+        _, most_bytes = tracemalloc.get_traced_memory()
+        tracemalloc.stop()
+        assert most_bytes < 1_000_000
 
 
 def stored(

@@ -4,9 +4,10 @@ from operator import xor
 from hypothesis import given
 from hypothesis import strategies as st
 
+from kvindex.blocks import BlockHash
 from kvindex.index import MAX_BATCH
 from kvindex.outbox import Outbox
-from kvindex.worker import SlotState
+from kvindex.worker import SlotPart, SlotState
 
 
 def test_a_change_that_is_taken_back_is_never_sent():
@@ -41,6 +42,39 @@ def test_batches_are_bounded():
         sizes.append(len(batch.stored))
         outbox.confirm()
     assert sizes == [MAX_BATCH, MAX_BATCH, 1]
+
+
+@given(st.lists(st.integers(0, 29)), st.integers(0, 40))
+def test_however_long_the_index_is_away_each_block_is_kept_once(flips: list[int], num_told: int):
+    outbox, truth = Outbox(), set[int]()
+    for position, block in enumerate(flips):
+        outbox.change(removed=[block]) if block in truth else outbox.change(stored=[block])
+        truth ^= {block}
+        batch = outbox.next_batch()
+        if batch is not None and position < num_told:
+            outbox.confirm()
+        assert len(outbox) <= 30 + 30  # every block may be in flight and changed since
+    while outbox.next_batch():
+        outbox.confirm()
+    assert outbox.told == SlotState(num_blocks=len(truth), digest=reduce(xor, truth, 0))
+
+
+@given(st.sets(st.integers(0, 2**64 - 1), max_size=60), st.integers(0, 12), st.data())
+def test_differences_of_a_part_are_named(told: set[int], parts_exponent: int, data: st.DataObject):
+    outbox = Outbox(told)
+    while outbox.next_batch():
+        outbox.confirm()
+    outbox.change(removed=set(list(told)[:5]))
+    while outbox.next_batch():
+        outbox.confirm()
+    told -= set(list(told)[:5])
+    num_parts = 1 << parts_exponent
+    part = data.draw(st.integers(0, num_parts - 1))
+    here = {block for block in told if block % num_parts == part}
+    lost = data.draw(st.sets(st.sampled_from(sorted(here)))) if here else set[int]()
+    added = {part + num_parts * number for number in (1, 5, 9)} - here
+    found = SlotPart(part=part, num_parts=num_parts, blocks=frozenset(map(BlockHash, here - lost | added)))
+    assert outbox.differences(found) == (lost, added)
 
 
 @given(st.lists(st.tuples(st.sampled_from(["flip", "send", "confirm"]), st.integers(1, 6))))

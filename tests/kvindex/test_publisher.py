@@ -28,6 +28,7 @@ class FaultyWriter(MemoryIndexWriter):
         super().__init__(index)
         self.away = False
         self.lose_answers = 0
+        self.lose_batches = 0
         self.num_calls = 0
         self.num_opened = 0
         self.batches: list[Batch] = []
@@ -48,6 +49,13 @@ class FaultyWriter(MemoryIndexWriter):
     def apply(self, pool, slot: int, incarnation: str, batch: Batch) -> SlotState:
         self._called()
         self.batches.append(batch)
+        if self.lose_batches:
+            self.lose_batches -= 1
+            before = self._slot(pool, slot, incarnation).state
+            return SlotState(
+                num_blocks=before.num_blocks + len(batch.stored) - len(batch.removed),
+                digest=reduce(xor, (*batch.stored, *batch.removed), before.digest),
+            )
         state = super().apply(pool, slot, incarnation, batch)
         if self.lose_answers:
             self.lose_answers -= 1
@@ -172,6 +180,32 @@ async def test_a_batch_whose_answer_is_lost_is_repeated_unchanged(bench: Bench):
     await eventually(lambda: bench.holds(hashes))
     assert len(set(bench.writer.batches[:3])) == 1
     assert bench.writer.num_opened == 1
+
+
+async def test_a_batch_that_was_answered_and_lost_leads_to_a_fresh_slot(bench: Bench):
+    """A Redis that answered and failed over without the write; the next batch or heartbeat shows it."""
+    event, hashes = prompt(1, 2, 3, 4)
+    await eventually(bench.registered)
+    bench.writer.lose_batches = 1
+    bench.source.put(event)
+    await eventually(lambda: bench.writer.num_opened == 2)
+    await eventually(lambda: bench.holds(hashes))
+
+
+async def test_an_index_that_is_away_stops_neither_events_nor_the_load(bench: Bench):
+    """8,000 changes pass while Redis is away; what is kept is about what the engine holds."""
+    await eventually(bench.registered)
+    bench.writer.away = True
+    last: list[int] = []
+    for number in range(2_000):
+        event, hashes = prompt(number, 1, 2, 3)
+        bench.source.put(event, *([removal(last)] if last else []))
+        last = hashes
+    await eventually(lambda: bench.source.is_drained, patience_s=60)
+    bench.writer.batches.clear()
+    bench.writer.away = False
+    await eventually(lambda: bench.holds(last))
+    assert sum(len(batch.stored) + len(batch.removed) for batch in bench.writer.batches) < 100
 
 
 async def test_a_lost_slot_is_replaced_by_a_fresh_one_with_the_whole_state(bench: Bench):

@@ -32,6 +32,10 @@ class ScriptedSource:
         for item in items:
             self._items.put(item)
 
+    @property
+    def is_drained(self) -> bool:
+        return self._items.empty()
+
     def open(self) -> None:
         self.is_open = True
 

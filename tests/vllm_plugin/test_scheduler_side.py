@@ -9,7 +9,12 @@ import torch
 from vllm.config import KVEventsConfig, KVTransferConfig
 from vllm.v1.core.block_pool import BlockPool
 from vllm.v1.core.kv_cache_utils import make_block_hash_with_group_id
-from vllm.v1.kv_cache_interface import FullAttentionSpec, KVCacheConfig, KVCacheGroupSpec
+from vllm.v1.kv_cache_interface import (
+    FullAttentionSpec,
+    KVCacheConfig,
+    KVCacheGroupSpec,
+    SlidingWindowSpec,
+)
 
 from kvindex.errors import ConfigError
 from kvindex.memory_index import MemoryIndex, MemoryIndexWriter
@@ -150,6 +155,27 @@ def pool_with(hashes: list[bytes]) -> BlockPool:
     return pool
 
 
+def test_of_a_hybrid_model_the_group_with_full_attention_is_indexed():
+    window = SlidingWindowSpec(
+        block_size=16, num_kv_heads=2, head_size=32, dtype=torch.bfloat16, sliding_window=64
+    )
+    (full,) = kv_cache_config().kv_cache_groups
+    groups = [KVCacheGroupSpec(["a"], window), KVCacheGroupSpec(["b"], window), full]
+    config = KVCacheConfig(num_blocks=NUM_BLOCKS, kv_cache_tensors=[], kv_cache_groups=groups)
+    assert (compat.followed_group(config), compat.block_size(config)) == (2, BLOCK_SIZE)
+    config = KVCacheConfig(num_blocks=NUM_BLOCKS, kv_cache_tensors=[], kv_cache_groups=groups[:2])
+    assert compat.followed_group(config) == 0
+
+
+def test_a_request_does_not_have_reused_blocks_reported_as_stored():
+    request = Request("a", [], 1)
+    compat.report_new_copies_only(request)
+    assert not hasattr(request, "kv_cache_report_mode")
+    request.kv_cache_report_mode = "full"
+    compat.report_new_copies_only(request)
+    assert request.kv_cache_report_mode == "incremental"
+
+
 @pytest.mark.parametrize("num_cached", range(6))
 def test_cached_tokens_of_a_new_request_are_found(num_cached: int):
     hashes = [bytes([index]) * 32 for index in range(5)]
@@ -157,6 +183,7 @@ def test_cached_tokens_of_a_new_request_are_found(num_cached: int):
     request = Request("a", hashes, 170)
     assert compat.cached_tokens_counter(pool, BLOCK_SIZE)(request) == num_cached * BLOCK_SIZE
     assert compat.cached_tokens_counter(pool, 2 * BLOCK_SIZE)(request) == 0
+    assert compat.cached_tokens_counter(pool, BLOCK_SIZE, 1)(request) == 0
 
 
 async def test_the_connector_registers_reports_and_leaves(config: Any, index: MemoryIndex):
