@@ -15,6 +15,7 @@ import msgspec
 
 from gateway import metrics
 from gateway.calls import Calls
+from gateway.chains import Chain
 from gateway.config import GatewayConfig
 from gateway.decision import Decision, End, HttpRequest, Served
 from gateway.errors import RequestError, TokenizerError
@@ -74,7 +75,7 @@ class KvRouter:
         self._reader = reader
         self._rates = rates
         self._receipts = receipts
-        self._lookup = Lookup(index, fleet, rates)
+        self._lookup = Lookup(index, fleet, rates, max_hashes=config.receipt_hashes)
         self._calls = Calls()
         self._reserver = Reserver(config, index, self._calls)
         self._in_flight: dict[str, _InFlight] = {}
@@ -125,8 +126,11 @@ class KvRouter:
         elif served.status == 200 and receipt.streamed and served.ttft_ms is not None and receipt.choice:
             self._learn(receipt.choice, served.ttft_ms - sum(receipt.steps_ms.values()))
 
-    async def overlaps(self, path: str, body: bytes) -> tuple[ReadRequest, tuple[Choice, ...]]:
-        """Return the prompts in `body` and every worker that could serve them; charges nothing.
+    async def overlaps(
+        self, path: str, body: bytes
+    ) -> tuple[ReadRequest, tuple[Choice, ...], tuple[Chain, ...]]:
+        """Return the prompts in `body`, every worker that could serve them and the chain that was looked up;
+        charges nothing.
 
         Raises:
             RequestError: the prompts cannot be read.
@@ -138,7 +142,7 @@ class KvRouter:
             raise RequestError(400, f"{path} carries no prompt that is understood.")
         demand = _demand(HttpRequest("POST", path, {}, body), read.model, read)
         found = await self._lookup.find(demand, self._served(read.model), read)
-        return read, plan(demand, found.candidates, seed=0)
+        return read, plan(demand, found.candidates, seed=0), found.chains
 
     async def _decide(self, request: HttpRequest, receipt: Receipt) -> Decision:
         if not self._fleet.addresses:
@@ -209,7 +213,7 @@ class KvRouter:
         except IndexUnavailable:
             receipt.fallback = receipt.fallback or "index_unavailable"
             return (), None
-        receipt.excluded = found.excluded
+        receipt.excluded, receipt.chains = found.excluded, found.chains
         with _step(receipt, "plan"):
             foreseen = self._reserver.foreseen(found.candidates)
             choices = plan(demand, foreseen, seed=int(receipt.decision_id, 16))
@@ -252,17 +256,16 @@ class KvRouter:
         endpoints = dict.fromkeys(worker.endpoint for worker in workers)
         receipt.chosen = chosen.worker_id
         receipt.destinations = tuple(endpoints)[: 1 + self._config.fallbacks]
-        matched_tokens = receipt.choice.cached_tokens if receipt.choice else 0
         response_headers = {
             "x-kvlane-worker": chosen.worker_id,
-            "x-kvlane-matched-tokens": str(matched_tokens),
+            "x-kvlane-matched-tokens": str(receipt.matched_tokens),
             "x-kvlane-decision": decision_id,
         }
         if receipt.fallback:
             response_headers["x-kvlane-fallback"] = receipt.fallback
         metrics.DECISIONS.labels(receipt.mode, receipt.fallback or "").inc()
         metrics.PROMPT_TOKENS.inc(receipt.prompt_tokens)
-        metrics.MATCHED_TOKENS.inc(matched_tokens)
+        metrics.MATCHED_TOKENS.inc(receipt.matched_tokens)
         metrics.IN_FLIGHT.inc()
         self._receipts.add(receipt)
         self._requests[chosen.worker_id] += 1

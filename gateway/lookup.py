@@ -6,6 +6,7 @@ import asyncio
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 
+from gateway.chains import Chain, make_chain
 from gateway.fleet import Fleet
 from gateway.plan import Candidate, Demand, obstacle
 from gateway.rates import Rates
@@ -22,6 +23,8 @@ class Found:
 
     candidates: tuple[Candidate, ...]
     excluded: dict[str, str]
+    chains: tuple[Chain, ...] = ()
+    """The prompt that was looked up, in each pool."""
 
 
 def longest_prompt(read: ReadRequest) -> Prompt:
@@ -67,10 +70,11 @@ def registered_state(registered: RegisteredWorker) -> WorkerState:
 class Lookup:
     """Finds candidates with their overlap. Holds no state of its own."""
 
-    def __init__(self, index: IndexReader, fleet: Fleet, rates: Rates) -> None:
+    def __init__(self, index: IndexReader, fleet: Fleet, rates: Rates, *, max_hashes: int) -> None:
         self._index = index
         self._fleet = fleet
         self._rates = rates
+        self._max_hashes = max_hashes
 
     async def find(self, demand: Demand, served: ServedModel, read: ReadRequest | None) -> Found:
         """Return the candidates for `demand` in every pool of the base model.
@@ -89,6 +93,7 @@ class Lookup:
         return Found(
             candidates=tuple(candidate for each in found for candidate in each.candidates),
             excluded={name: reason for each in found for name, reason in each.excluded.items()},
+            chains=tuple(chain for each in found for chain in each.chains),
         )
 
     async def _find_in(
@@ -96,9 +101,19 @@ class Lookup:
     ) -> Found:
         hashes: Sequence[BlockHash] = ()
         if read is not None:
+            prompt = longest_prompt(read)
             root = root_hash(pool.model, lora_name=lora_name, cache_salt=read.cache_salt)
-            hashes = longest_prompt(read).hashes(root, pool.block_size)
+            hashes = prompt.hashes(root, pool.block_size)
         match = await self._index.match(pool, hashes)
+        chains: tuple[Chain, ...] = ()
+        if read is not None:
+            plain = (
+                prompt.hashes(root_hash(pool.model), pool.block_size)
+                if lora_name or read.cache_salt
+                else hashes
+            )
+            limits = {"max_hashes": self._max_hashes, "overlap_stride": match.stride}
+            chains = (make_chain(pool, hashes, plain, read.cache_salt, **limits),)
         # A slot number means nothing under another registry version: it may have a new owner.
         await self._fleet.catch_up(pool, match.registry_version)
         view = self._fleet.snapshot.pools.get(pool)
@@ -111,7 +126,7 @@ class Lookup:
             self._candidate(each, states[each.slot], match.overlap_blocks.get(each.slot, 0))
             for each in workers
         )
-        return Found(candidates, excluded)
+        return Found(candidates, excluded, chains)
 
     def _candidate(self, registered: RegisteredWorker, state: WorkerState, overlap_blocks: int) -> Candidate:
         worker = registered.worker

@@ -1,6 +1,6 @@
 """What became of every decision: who was considered, each term, what was chosen, what was measured.
 
-Kept in memory, bounded by count. Prompt text and token ids are never in a receipt.
+Kept in memory, bounded by count. Prompt text and token ids are never in a receipt, hashes of blocks are.
 """
 
 from __future__ import annotations
@@ -13,8 +13,11 @@ from typing import Any
 
 import msgspec
 
+from gateway.chains import Chain
 from gateway.decision import End, Served
 from gateway.plan import Choice
+
+_VIEWED_APART = frozenset({"choices", "chains"})
 
 
 class Receipt(msgspec.Struct, kw_only=True):
@@ -34,6 +37,8 @@ class Receipt(msgspec.Struct, kw_only=True):
     """Why the tokens may differ from the engine's."""
     streamed: bool = False
     prompt_tokens: int = 0
+    chains: tuple[Chain, ...] = ()
+    """The prompt that was looked up, in each pool."""
     choices: tuple[Choice, ...] = ()
     """Every candidate, best first; empty where the index was not asked."""
     excluded: dict[str, str] = {}
@@ -52,13 +57,18 @@ class Receipt(msgspec.Struct, kw_only=True):
         """The chosen candidate, where there was a plan."""
         return self.choices[0] if self.choices else None
 
+    @property
+    def matched_tokens(self) -> int:
+        """Prompt tokens that the chosen worker held, according to the index."""
+        return self.choice.cached_tokens if self.choice else 0
+
     def view(self) -> dict[str, Any]:
         """Return the receipt as JSON-ready values."""
         fields: dict[str, Any] = msgspec.to_builtins(
-            {name: getattr(self, name) for name in self.__struct_fields__ if name != "choices"}
+            {name: getattr(self, name) for name in self.__struct_fields__ if name not in _VIEWED_APART}
         )
         choice = self.choice
-        fields["matched_tokens"] = choice.cached_tokens if choice else 0
+        fields["matched_tokens"] = self.matched_tokens
         fields["predicted_ttft_ms"] = choice.terms.ttft_ms if choice else None
         fields["candidates"] = [_view_choice(choice) for choice in self.choices]
         return fields
@@ -109,6 +119,6 @@ class Receipts:
         """Return the receipt of a decision id or a request id."""
         return self._by_decision.get(key) or self._by_decision.get(self._by_request.get(key, ""))
 
-    def latest(self, limit: int) -> Iterable[Receipt]:
-        """Return up to `limit` receipts, newest first."""
+    def latest(self, limit: int | None = None) -> Iterable[Receipt]:
+        """Return up to `limit` receipts, or all, newest first."""
         return islice(reversed(self._by_decision.values()), limit)

@@ -65,7 +65,7 @@ async def run(config: GatewayConfig) -> None:
             exits.push_async_callback(watch.stop)
         preparing = asyncio.create_task(_keep_prepared(reader, fleet))
         exits.callback(preparing.cancel)
-        app = create_app(router, fleet, rates=rates, receipts=receipts)
+        app = create_app(router, fleet, index, rates=rates, receipts=receipts)
         await exits.enter_async_context(_serve_admin(app, admin_socket))
         port = await exits.enter_async_context(serve_envoy(config, router, fleet))
         admin_port = admin_socket.getsockname()[1]

@@ -10,6 +10,7 @@ from collections.abc import Sequence
 from typing import Protocol
 
 from kvindex.blocks import BlockHash, Pool
+from kvindex.history import Opening, PoolEvent, Removal
 from kvindex.worker import (
     Batch,
     Entries,
@@ -29,6 +30,9 @@ MAX_BATCH = 128
 """Most hashes in one `Batch`: larger ones delay the reads that share the Redis core."""
 
 
+FIRST_OPENING = Opening()
+
+
 class IndexWriter(Protocol):
     """A publisher's side: blocking calls, made from one thread of the process that owns the cache.
 
@@ -36,8 +40,10 @@ class IndexWriter(Protocol):
     call took effect, and repeating it is safe.
     """
 
-    def open_slot(self, worker: Worker, *, lease_ms: int, takeover: bool = False) -> int:
-        """Register `worker` and return a fresh, empty slot for it.
+    def open_slot(
+        self, worker: Worker, *, lease_ms: int, takeover: bool = False, because: Opening = FIRST_OPENING
+    ) -> int:
+        """Register `worker` and return a fresh, empty slot for it; `because` goes into the pool's log.
 
         Slots that this worker id held before are fenced at once and swept later. `load` is zero until
         the first heartbeat.
@@ -133,6 +139,9 @@ class IndexReader(Protocol):
     async def holders(self, pool: Pool, block: BlockHash) -> list[int]:
         """Return the live slots that hold `block`."""
 
+    async def holders_of(self, pool: Pool, blocks: Sequence[BlockHash]) -> dict[BlockHash, tuple[int, ...]]:
+        """Return the live slots that hold each block, ascending. Reads `MAX_PROBES` blocks at a time."""
+
     async def entries(self, pool: Pool, *, first_bucket: int = 0, max_buckets: int = 64) -> Entries:
         """Read the entries of `max_buckets` buckets. Writes nothing.
 
@@ -149,6 +158,15 @@ class IndexReader(Protocol):
         A slice is `max_buckets` buckets, fewer where they are full. A slot is given out again only when
         every bucket was visited since it died. Any number of sweepers may call this.
         """
+
+    async def events(self, pool: Pool, *, after: str | None = None, max_events: int) -> list[PoolEvent]:
+        """Return what happened to slots, oldest first: the latest, or those that follow the event `after`.
+
+        `after` may be a time in ms as well. The pool remembers the latest `keys.LOG_EVENTS`.
+        """
+
+    async def removals(self, pool: Pool, *, after: str | None = None, max_events: int) -> list[Removal]:
+        """Return batches of evicted blocks as `events` does. The pool remembers `keys.LOG_REMOVALS`."""
 
     async def close(self) -> None:
         """Release connections."""

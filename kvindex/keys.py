@@ -14,8 +14,11 @@ the directory as KEYS[1] and append the suffixes below, which `lua_names` hands 
 | kvlane:{pool}:res        | hash | decision id -> reservation (`RESERVATION`)      | settled, expired  |
 | kvlane:{pool}:exp        | zset | decision ids by expiry                          | settled, expired  |
 | kvlane:{pool}:r:<slot>   | zset | the slot's decision ids by creation             | settled or fenced |
+| kvlane:{pool}:log        | strm | what happened to slots, the latest `LOG_EVENTS` | a day after all   |
+| kvlane:{pool}:gone       | strm | batches of evicted blocks, `LOG_REMOVALS`       | workers have left |
 
-Keys carry no TTL: what a dead worker or gateway leaves is purged by the scripts that others call.
+Keys carry no TTL: what a dead worker or gateway leaves is purged by the scripts that others call. Only
+the two logs of a pool without workers expire, a day after the sweep of the last one.
 Times are milliseconds on the Redis clock. Numbers are little-endian; `<bucket>` is 4 bytes, `<slot>` decimal.
 """
 
@@ -23,6 +26,7 @@ from __future__ import annotations
 
 import functools
 import struct
+from collections.abc import Iterable
 
 from kvindex.blocks import Pool
 
@@ -32,6 +36,16 @@ ABANDONED_AFTER_LEASES = 10
 """A worker is unmatched once its lease is over, and may resume with all its blocks until it has been
 silent for this many leases; then `sweep` fences it."""
 
+LOG_EVENTS = 10_000
+"""Events of slots that a pool remembers; about 150 bytes each, so at most 2 MB."""
+
+LOG_REMOVALS = 16_384
+"""Batches of evicted blocks that a pool remembers. A batch takes some 40 bytes and 8 for each of its blocks,
+which are 128 at most: 18 MB at the very most, 2 to 4 MB where an engine evicts a few blocks at a time."""
+
+LOG_LEFT_S = 86_400
+"""How long the logs of a pool without workers are kept."""
+
 _SUFFIXES = {
     "BUCKET": ":b:",
     "LIVE": ":live",
@@ -40,6 +54,8 @@ _SUFFIXES = {
     "RESERVATIONS": ":res",
     "EXPIRY": ":exp",
     "TAKEN": ":r:",
+    "LOG": ":log",
+    "REMOVALS": ":gone",
 }
 
 LOAD = struct.Struct("<IIIId")
@@ -76,8 +92,40 @@ def bucket_key(pool: Pool, bucket: int) -> bytes:
     return f"{directory(pool)}{_SUFFIXES['BUCKET']}".encode() + bucket.to_bytes(4, "little")
 
 
+def log_key(pool: Pool) -> str:
+    """Return the key of what happened to slots."""
+    return directory(pool) + _SUFFIXES["LOG"]
+
+
+def removals_key(pool: Pool) -> str:
+    """Return the key of the evicted blocks."""
+    return directory(pool) + _SUFFIXES["REMOVALS"]
+
+
+def fixed_keys(pool: Pool, slots: Iterable[int]) -> dict[str, list[str]]:
+    """Return the keys that do not grow with the blocks, by what they hold."""
+    slots = list(slots)
+    base = directory(pool)
+    one = {"directory": base, "worker ids": base + _SUFFIXES["IDS"], "live rows": base + _SUFFIXES["LIVE"]}
+    two = {"log of slots": log_key(pool), "log of evictions": removals_key(pool)}
+    return {
+        **{name: [key] for name, key in one.items()},
+        "slots": [f"{base}{_SUFFIXES['SLOT']}{slot}" for slot in slots],
+        "reservations": [base + _SUFFIXES["RESERVATIONS"], base + _SUFFIXES["EXPIRY"]],
+        "reservations by slot": [f"{base}{_SUFFIXES['TAKEN']}{slot}" for slot in slots],
+        **{name: [key] for name, key in two.items()},
+    }
+
+
 def lua_names() -> str:
     """Return the key names as Lua locals, to be put before every script."""
     lines = ["local DIRECTORY = KEYS[1]"]
     lines += [f"local {name} = DIRECTORY .. '{suffix}'" for name, suffix in _SUFFIXES.items()]
-    return "\n".join([*lines, f"local ABANDONED_AFTER_LEASES = {ABANDONED_AFTER_LEASES}", ""])
+    numbers = {
+        "ABANDONED_AFTER_LEASES": ABANDONED_AFTER_LEASES,
+        "LOG_EVENTS": LOG_EVENTS,
+        "LOG_REMOVALS": LOG_REMOVALS,
+        "LOG_LEFT_S": LOG_LEFT_S,
+    }
+    lines += [f"local {name} = {value}" for name, value in numbers.items()]
+    return "\n".join([*lines, ""])

@@ -8,12 +8,17 @@ from __future__ import annotations
 import functools
 import operator
 import time
+from collections import deque
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
+from itertools import islice
+from typing import TypeVar
 
 from kvindex.blocks import BlockHash, Pool
 from kvindex.errors import SlotLost, WorkerConflict
-from kvindex.keys import ABANDONED_AFTER_LEASES
+from kvindex.history import EventKind, Opening, PoolEvent, Removal
+from kvindex.index import FIRST_OPENING
+from kvindex.keys import ABANDONED_AFTER_LEASES, LOG_EVENTS, LOG_REMOVALS
 from kvindex.worker import (
     Batch,
     Entries,
@@ -53,14 +58,38 @@ class _Charge:
     expires_ms: float
 
 
+_Event = TypeVar("_Event", PoolEvent, Removal)
+
+
 @dataclass
 class _Pool:
     version: int = 0
     slots: dict[int, _Slot] = field(default_factory=dict)
     dead: list[int] = field(default_factory=list)
     charges: dict[str, _Charge] = field(default_factory=dict)
+    events: deque[PoolEvent] = field(default_factory=lambda: deque(maxlen=LOG_EVENTS))
+    removals: deque[Removal] = field(default_factory=lambda: deque(maxlen=LOG_REMOVALS))
+    num_events: int = 0
 
-    def fence(self, slot: _Slot) -> None:
+    def next_id(self, now_ms: float) -> str:
+        self.num_events += 1
+        return f"{int(now_ms)}-{self.num_events}"
+
+    def note(self, kind: EventKind, slot: int, worker: Worker | None, detail: str, now_ms: float) -> None:
+        self.events.append(
+            PoolEvent(
+                event_id=self.next_id(now_ms),
+                at_ms=int(now_ms),
+                kind=kind,
+                slot=slot,
+                worker_id=worker.worker_id if worker else "",
+                incarnation=worker.incarnation if worker else "",
+                detail=detail,
+            )
+        )
+
+    def fence(self, slot: _Slot, kind: EventKind, detail: str, now_ms: float) -> None:
+        self.note(kind, slot.number, slot.worker, detail, now_ms)
         del self.slots[slot.number]
         self.dead.append(slot.number)
         self.version += 1
@@ -127,7 +156,9 @@ class MemoryIndexWriter:
             raise SlotLost(f"slot {slot} is not held by incarnation {incarnation}")
         return found
 
-    def open_slot(self, worker: Worker, *, lease_ms: int, takeover: bool = False) -> int:
+    def open_slot(
+        self, worker: Worker, *, lease_ms: int, takeover: bool = False, because: Opening = FIRST_OPENING
+    ) -> int:
         """See `IndexWriter`."""
         pool = self._index.pool(worker.pool)
         now_ms = self._index.now_ms()
@@ -135,11 +166,14 @@ class MemoryIndexWriter:
             alive = former.expires_ms > now_ms and former.worker.incarnation != worker.incarnation
             if alive and not takeover:
                 raise WorkerConflict(f"{worker.worker_id} is held by {former.worker.incarnation}")
-            pool.fence(former)
+            is_ours = former.worker.incarnation == worker.incarnation
+            detail = "it has a fresh slot" if is_ours else "another process took its place"
+            pool.fence(former, EventKind.FENCED, detail, now_ms)
         taken = {*pool.slots, *pool.dead}
         number = next(number for number in range(len(taken) + 1) if number not in taken)
         pool.slots[number] = _Slot(number, worker, lease_ms, now_ms + lease_ms)
         pool.version += 1
+        pool.note(because.kind, number, worker, because.detail, now_ms)
         return number
 
     def apply(self, pool: Pool, slot: int, incarnation: str, batch: Batch) -> SlotState:
@@ -151,7 +185,21 @@ class MemoryIndexWriter:
             target.sequence = batch.sequence
             target.blocks |= set(batch.stored)
             target.blocks -= set(batch.removed)
+            if batch.removed:
+                self._note_removed(pool, slot, incarnation, batch)
         return target.state
+
+    def _note_removed(self, pool: Pool, slot: int, incarnation: str, batch: Batch) -> None:
+        state, now_ms = self._index.pool(pool), self._index.now_ms()
+        state.removals.append(
+            Removal(
+                event_id=state.next_id(now_ms),
+                at_ms=int(now_ms),
+                slot=slot,
+                incarnation=incarnation,
+                blocks=tuple(map(BlockHash, batch.removed)),
+            )
+        )
 
     def heartbeat(
         self,
@@ -188,7 +236,7 @@ class MemoryIndexWriter:
         """See `IndexWriter`."""
         target = self._index.pool(pool).slots.get(slot)
         if target is not None and target.worker.incarnation == incarnation:
-            self._index.pool(pool).fence(target)
+            self._index.pool(pool).fence(target, EventKind.CLOSED, "", self._index.now_ms())
 
     def close(self) -> None:
         """See `IndexWriter`."""
@@ -269,6 +317,10 @@ class MemoryIndexReader:
         """See `IndexReader`."""
         return [slot.number for slot in self._index.live(pool) if block in slot.blocks]
 
+    async def holders_of(self, pool: Pool, blocks: Sequence[BlockHash]) -> dict[BlockHash, tuple[int, ...]]:
+        """See `IndexReader`."""
+        return {block: tuple(await self.holders(pool, block)) for block in blocks}
+
     async def entries(self, pool: Pool, *, first_bucket: int = 0, max_buckets: int = 64) -> Entries:
         """See `IndexReader`. A bucket is `_BUCKET_BLOCKS` blocks in a row of all, in order."""
         live = self._index.live(pool)
@@ -291,9 +343,32 @@ class MemoryIndexReader:
         state.charges = {key: c for key, c in state.charges.items() if c.expires_ms > now_ms}
         for slot in list(state.slots.values()):
             if slot.expires_ms + (ABANDONED_AFTER_LEASES - 1) * slot.lease_ms <= now_ms:
-                state.fence(slot)
-        del state.dead[:max_buckets]
+                silence = f"silent for {ABANDONED_AFTER_LEASES} leases"
+                state.fence(slot, EventKind.FENCED, silence, now_ms)
+        swept, state.dead = state.dead[:max_buckets], state.dead[max_buckets:]
+        for number in swept:
+            state.note(EventKind.SWEPT, number, None, "", now_ms)
         return len(state.dead)
+
+    async def events(self, pool: Pool, *, after: str | None = None, max_events: int) -> list[PoolEvent]:
+        """See `IndexReader`."""
+        return _slice(self._index.pool(pool).events, after, max_events)
+
+    async def removals(self, pool: Pool, *, after: str | None = None, max_events: int) -> list[Removal]:
+        """See `IndexReader`."""
+        return _slice(self._index.pool(pool).removals, after, max_events)
 
     async def close(self) -> None:
         """See `IndexReader`."""
+
+
+def _slice(events: Sequence[_Event], after: str | None, max_events: int) -> list[_Event]:
+    if after is None:
+        return list(islice(reversed(events), max_events))[::-1]
+    following = (event for event in events if _place(event.event_id) > _place(after))
+    return list(islice(following, max_events))
+
+
+def _place(event_id: str) -> tuple[int, int]:
+    at_ms, _, number = event_id.partition("-")
+    return int(at_ms), int(number or 0)

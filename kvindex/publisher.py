@@ -19,7 +19,8 @@ from kvindex.config import PublisherConfig
 from kvindex.errors import EventsLost, IndexFull, IndexUnavailable, SlotLost, WorkerConflict
 from kvindex.event_source import EventSource
 from kvindex.events import AllBlocksCleared, BlockRemoved, BlockStored, EngineEvent
-from kvindex.index import MAX_BATCH, IndexWriter
+from kvindex.history import EventKind, Opening
+from kvindex.index import FIRST_OPENING, MAX_BATCH, IndexWriter
 from kvindex.outbox import Outbox
 from kvindex.worker import Load, SlotPart, SlotState, Worker
 
@@ -37,6 +38,8 @@ _ALARMING = {
     "attention": "no KV cache group of the engine has attention over the whole prefix",
     "shape": "the engine's KV events do not carry one block of tokens for each block",
 }
+
+_KINDS = {"cleared": EventKind.CLEARED, "drift": EventKind.DRIFT}
 
 _log = structlog.get_logger(__name__)
 
@@ -94,6 +97,7 @@ class Publisher:
         self._state = BlockState(worker.model, worker.block_size)
         self._outbox = Outbox()
         self._slot: int | None = None
+        self._opening = FIRST_OPENING
         self._accepted: deque[str] = deque(maxlen=_MOST_ACCEPTED)
         self._reported: Load | None = None
         self._unwritten_since_s: float | None = None
@@ -142,7 +146,7 @@ class Publisher:
             events = self._source.poll(self._patience_s())
         except EventsLost as error:
             self._log.warning("KV events lost; starting over", reason=str(error))
-            self._forget("events_lost")
+            self._forget("events_lost", str(error))
             return
         for event in events:
             self._take(event)
@@ -217,10 +221,11 @@ class Publisher:
                 added=_first_of(error.added),
                 read=error.read,
             )
-            self._start_over("drift")
+            differs = f"{len(error.lost)} blocks lost, {len(error.added)} added in {error.read} read back"
+            self._start_over("drift", f"{error}; {differs}")
         except SlotLost as error:
             self._log.warning("the index lost track; sending the whole state", reason=str(error))
-            self._start_over("slot_lost")
+            self._start_over("slot_lost", str(error))
         else:
             if self._failing_with is not None:
                 self._log.info("the index answers again")
@@ -228,7 +233,9 @@ class Publisher:
             self._backoff_s = _FIRST_BACKOFF_S
 
     def _open(self) -> None:
-        self._slot = self._writer.open_slot(self._worker, lease_ms=self._config.lease_ms)
+        self._slot = self._writer.open_slot(
+            self._worker, lease_ms=self._config.lease_ms, because=self._opening
+        )
         self._outbox = Outbox(self._state.hashes)
         # Due at once: a state that was known before has nothing to wait for.
         self._unwritten_since_s = time.monotonic() - self._config.flush_ms / 1000 if self._outbox else None
@@ -237,17 +244,18 @@ class Publisher:
         self._looked_at_s = 0.0
         self._log.info("registered", slot=self._slot, num_blocks=self._state.num_blocks)
 
-    def _forget(self, reason: str) -> None:
+    def _forget(self, reason: str, detail: str = "") -> None:
         """Drop every block; a fresh slot does that in the index at once, however many there were."""
         self._state.clear()
         if self._outbox.is_fresh:
             self._outbox = Outbox()
         else:
-            self._start_over(reason)
+            self._start_over(reason, detail)
 
-    def _start_over(self, reason: str) -> None:
+    def _start_over(self, reason: str, detail: str = "") -> None:
         """Give up the slot; the whole state goes into a fresh one."""
         self._slot = None
+        self._opening = Opening(_KINDS.get(reason, EventKind.RESYNC), detail)
         self._outbox = Outbox()
         self._looked_at_s = 0.0
         metrics.RESYNCS.labels(self._worker.worker_id, reason).inc()

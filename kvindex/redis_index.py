@@ -21,7 +21,8 @@ import msgspec
 from kvindex.blocks import HASH_BYTES, BlockHash, Pool, pack_hashes, unpack_hashes
 from kvindex.config import IndexConfig
 from kvindex.errors import SlotLost, WorkerConflict
-from kvindex.index import MAX_PROBES
+from kvindex.history import EventKind, Opening, PoolEvent, Removal
+from kvindex.index import FIRST_OPENING, MAX_PROBES
 from kvindex.keys import (
     FLEET_HEAD,
     LIVE_ROW,
@@ -32,9 +33,12 @@ from kvindex.keys import (
     STEP,
     bucket_key,
     directory,
+    log_key,
     lua_names,
+    removals_key,
 )
 from kvindex.redis_connection import AsyncConnection, Connection, Reply, Script
+from kvindex.redis_memory import PoolMemory, measure
 from kvindex.worker import (
     Batch,
     Entries,
@@ -49,6 +53,13 @@ from kvindex.worker import (
 )
 
 _SCRIPTS = importlib.resources.files("kvindex") / "scripts"
+
+
+_WORKERS_PER_CALL = 250
+"""About a millisecond of Redis."""
+
+_RESTARTS = 5
+_ALL_WORKERS = 65_536
 
 
 @functools.cache
@@ -85,14 +96,15 @@ class RedisIndexWriter:
     def _run(self, name: str, pool: Pool, *args: str | bytes | int) -> Reply:
         return self._redis.run(_script(name), directory(pool), *args)
 
-    def open_slot(self, worker: Worker, *, lease_ms: int, takeover: bool = False) -> int:
+    def open_slot(
+        self, worker: Worker, *, lease_ms: int, takeover: bool = False, because: Opening = FIRST_OPENING
+    ) -> int:
         """See `IndexWriter`."""
         pool = worker.pool
         self._announce(pool)
         described = msgspec.json.encode(worker)
-        reply = self._run(
-            "open_slot", pool, worker.worker_id, worker.incarnation, described, lease_ms, int(takeover)
-        )
+        owner = (worker.worker_id, worker.incarnation, described)
+        reply = self._run("open_slot", pool, *owner, lease_ms, int(takeover), because.kind, because.detail)
         if isinstance(reply, bytes):
             raise WorkerConflict(
                 f"{worker.worker_id} is published by another live process (incarnation {reply.decode()})"
@@ -187,8 +199,7 @@ class RedisIndexReader:
 
     async def workers(self, pool: Pool) -> tuple[int, list[RegisteredWorker]]:
         """See `IndexReader`."""
-        described, *packed = await self._run("workers", pool)
-        fleet = _Fleet(*packed)
+        described, fleet = await self._describe(pool)
         workers = [
             RegisteredWorker(
                 worker=msgspec.json.decode(worker, type=Worker),
@@ -205,6 +216,23 @@ class RedisIndexReader:
             if (row := fleet.rows.get(slot)) is not None
         ]
         return fleet.version, workers
+
+    async def _describe(self, pool: Pool) -> tuple[list[Any], _Fleet]:
+        """Return what is known of every worker, in short calls and as of one registry version."""
+        described: list[Any] = []
+        first, version, restarts = 0, None, 0
+        while True:
+            # A registry that changes all the time is read in one call in the end.
+            size = _WORKERS_PER_CALL if restarts < _RESTARTS else _ALL_WORKERS
+            num_workers, part, *packed = await self._run("workers", pool, first, size)
+            fleet = _Fleet(*packed)
+            if first and fleet.counter != version:
+                described, first, restarts = [], 0, restarts + 1
+                continue
+            described += part
+            first, version = first + size, fleet.counter
+            if first >= num_workers:
+                return described, fleet
 
     async def match(self, pool: Pool, hashes: Sequence[BlockHash]) -> Match:
         """See `IndexReader`.
@@ -255,6 +283,17 @@ class RedisIndexReader:
         """See `IndexReader`."""
         return sorted((await self.match(pool, [block])).overlap_blocks)
 
+    async def holders_of(self, pool: Pool, blocks: Sequence[BlockHash]) -> dict[BlockHash, tuple[int, ...]]:
+        """See `IndexReader`."""
+        holders = {}
+        for at in range(0, len(blocks), MAX_PROBES):
+            asked = blocks[at : at + MAX_PROBES]
+            sets, *packed = await self._run("holders", pool, pack_hashes(asked))
+            live = _Fleet(*packed).rows
+            for block, slots in zip(asked, sets, strict=True):
+                holders[block] = tuple(slot for slot in _slots_of(_read_set(slots)) if slot in live)
+        return holders
+
     async def entries(self, pool: Pool, *, first_bucket: int = 0, max_buckets: int = 64) -> Entries:
         """See `IndexReader`. A bucket has about 64 entries and is read by one of Redis's own commands."""
         stop = first_bucket + max_buckets
@@ -278,6 +317,57 @@ class RedisIndexReader:
     async def sweep(self, pool: Pool, *, max_buckets: int) -> int:
         """See `IndexReader`."""
         return int(await self._run("sweep", pool, max_buckets))
+
+    async def events(self, pool: Pool, *, after: str | None = None, max_events: int) -> list[PoolEvent]:
+        """See `IndexReader`."""
+        return [
+            PoolEvent(
+                event_id=event_id,
+                at_ms=_at_ms(event_id),
+                kind=EventKind(fields[b"kind"].decode()),
+                slot=int(fields[b"slot"]),
+                worker_id=fields[b"worker"].decode(),
+                incarnation=fields[b"incarnation"].decode(),
+                detail=fields[b"detail"].decode(),
+            )
+            for event_id, fields in await self._read_log(log_key(pool), after, max_events)
+        ]
+
+    async def removals(self, pool: Pool, *, after: str | None = None, max_events: int) -> list[Removal]:
+        """See `IndexReader`."""
+        return [
+            Removal(
+                event_id=event_id,
+                at_ms=_at_ms(event_id),
+                slot=int(fields[b"slot"]),
+                incarnation=fields[b"incarnation"].decode(),
+                blocks=tuple(unpack_hashes(fields[b"blocks"])),
+            )
+            for event_id, fields in await self._read_log(removals_key(pool), after, max_events)
+        ]
+
+    async def memory(self, pool: Pool) -> PoolMemory:
+        """Measure what the pool costs in Redis."""
+        _, workers = await self.workers(pool)
+        return await measure(self._redis.call, pool, [each.slot for each in workers])
+
+    async def used_memory_bytes(self) -> int:
+        """Return what Redis has allocated in all."""
+        return sum(
+            [
+                int((await master.call("INFO", "memory"))["used_memory"])
+                async for master in self._redis.masters()
+            ]
+        )
+
+    async def _read_log(
+        self, key: str, after: str | None, max_events: int
+    ) -> list[tuple[str, dict[bytes, bytes]]]:
+        if after is None:
+            lines = (await self._redis.call("XREVRANGE", key, "+", "-", "COUNT", max_events))[::-1]
+        else:
+            lines = await self._redis.call("XRANGE", key, f"({after}", "+", "COUNT", max_events)
+        return [(event_id.decode(), fields) for event_id, fields in lines]
 
     async def close(self) -> None:
         """See `IndexReader`."""
@@ -331,7 +421,7 @@ class _Fleet:
     """The live workers in an answer, by slot in ascending order."""
 
     def __init__(self, head: bytes, packed: bytes, expired: bytes) -> None:
-        self.now_ms, counter = FLEET_HEAD.unpack(head)
+        self.now_ms, self.counter = FLEET_HEAD.unpack(head)
         rows = _read_rows(packed)
         self.rows = rows.by_slot
         self.states = rows.states
@@ -344,7 +434,7 @@ class _Fleet:
                     self._discharge(slot, tokens)
             self.states = tuple([row.state for row in self.rows.values()])
         # The counter tells of slots opened and fenced; a lease that ends is no write, so it is added here.
-        self.version = hash((counter, *lapsed))
+        self.version = hash((self.counter, *lapsed))
 
     def _discharge(self, slot: int, tokens: int) -> None:
         row = self.rows[slot]
@@ -396,6 +486,10 @@ def _slot_state(slot: int, reply: list[Any] | None) -> SlotState:
         raise SlotLost(f"slot {slot} is fenced, unknown, or misses a batch")
     num_blocks, digest = reply
     return SlotState(num_blocks=num_blocks, digest=_read_digest(digest))
+
+
+def _at_ms(event_id: str) -> int:
+    return int(event_id.partition("-")[0])
 
 
 def _read_digest(packed: bytes) -> int:

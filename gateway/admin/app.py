@@ -2,26 +2,35 @@
 
 from __future__ import annotations
 
+import base64
+import time
+from collections import defaultdict
 from typing import Annotated, Any
 
 import msgspec
 from fastapi import FastAPI, Query, Request, Response
 from prometheus_client import CONTENT_TYPE_LATEST, generate_latest
 
+from gateway.admin.history import Historian
+from gateway.chains import Chain
 from gateway.decide import KvRouter
 from gateway.errors import RequestError, TokenizerError
 from gateway.fleet import Fleet
 from gateway.plan import Choice
 from gateway.rates import Rates
-from gateway.receipts import Receipts
+from gateway.receipts import Receipt, Receipts
 from kvindex.errors import IndexUnavailable
-from kvindex.worker import RegisteredWorker
+from kvindex.index import IndexReader
+from kvindex.worker import RegisteredWorker, Tier
 
 UNAVAILABLE_ERRORS = (IndexUnavailable, TokenizerError)
 
 
-def create_app(router: KvRouter, fleet: Fleet, *, rates: Rates, receipts: Receipts) -> FastAPI:
+def create_app(
+    router: KvRouter, fleet: Fleet, index: IndexReader, *, rates: Rates, receipts: Receipts
+) -> FastAPI:
     """Return the app. It authenticates nobody: serve it where only operators reach it."""
+    historian = Historian(index, fleet, receipts)
     app = FastAPI(title="kvlane gateway", docs_url=None, redoc_url=None, openapi_url=None)
 
     @app.get("/health")
@@ -85,7 +94,28 @@ def create_app(router: KvRouter, fleet: Fleet, *, rates: Rates, receipts: Receip
         """Return the receipt of a decision id or of a client's x-request-id."""
         if receipt := receipts.get(key):
             return _json(receipt.view())
-        return _json({"detail": f"no decision {key} here: too old, or of another gateway"}, status=404)
+        return _unknown(key)
+
+    @app.get("/why/{key:path}")
+    async def why(key: str, worker: str | None = None) -> Response:
+        """Return why the decision's worker, the best holder and `worker` did not hold more of the prompt."""
+        receipt = receipts.get(key)
+        if receipt is None:
+            return _unknown(key)
+        try:
+            return _json(await historian.why(receipt, worker))
+        except IndexUnavailable as error:
+            return _json({"detail": str(error)}, status=503)
+
+    @app.get("/traffic")
+    async def traffic(seconds: Annotated[float, Query(gt=0, le=3600)] = 60) -> Response:
+        """Return what was asked and matched lately, overall and by worker, as far as receipts go back."""
+        return _json(_traffic(receipts, seconds))
+
+    @app.get("/prompts")
+    async def prompts(limit: Annotated[int, Query(ge=1, le=1000)] = 200) -> Response:
+        """Return the block hashes of the latest prompts, newest first."""
+        return _json([_view_prompt(receipt) for receipt in receipts.latest(limit)])
 
     @app.post("/prefix")
     async def prefix(request: Request) -> Response:
@@ -100,7 +130,7 @@ def create_app(router: KvRouter, fleet: Fleet, *, rates: Rates, receipts: Receip
             if "text" in fields:
                 path = "/v1/completions"
                 body = msgspec.json.encode({"model": fields.get("model"), "prompt": fields["text"]})
-            read, choices = await router.overlaps(path, body)
+            read, choices, chains = await router.overlaps(path, body)
         except msgspec.DecodeError as error:
             return _json({"detail": f"the body is no JSON object: {error}"}, status=400)
         except RequestError as error:
@@ -113,6 +143,7 @@ def create_app(router: KvRouter, fleet: Fleet, *, rates: Rates, receipts: Receip
                 "prompt_tokens": read.num_tokens,
                 "inexact": read.inexact,
                 "workers": [_view_overlap(choice) for choice in choices],
+                "chains": [_view_chain(chain) for chain in chains],
             }
         )
 
@@ -126,7 +157,51 @@ def _view_overlap(choice: Choice) -> dict[str, Any]:
         "matched_blocks": candidate.overlap_blocks,
         "matched_tokens": candidate.overlap_blocks * candidate.worker.block_size,
         "degraded": candidate.degraded,
+        # Workers publish what is on their device; other tiers have no holders yet.
+        "tiers": {Tier.DEVICE: candidate.overlap_blocks},
     }
+
+
+def _view_prompt(receipt: Receipt) -> dict[str, Any]:
+    return {
+        "decision_id": receipt.decision_id,
+        "at": receipt.at,
+        "model": receipt.model,
+        "worker": receipt.chosen,
+        "prompt_tokens": receipt.prompt_tokens,
+        "matched_tokens": receipt.matched_tokens,
+        "chains": [_view_chain(chain) for chain in receipt.chains],
+    }
+
+
+def _view_chain(chain: Chain) -> dict[str, Any]:
+    return {
+        "pool_id": chain.pool.pool_id,
+        "num_blocks": chain.num_blocks,
+        "stride": chain.stride,
+        "hashes": base64.b64encode(chain.hashes).decode(),
+    }
+
+
+def _traffic(receipts: Receipts, seconds: float) -> dict[str, Any]:
+    now = time.time()
+    counted = ("requests", "prompt_tokens", "matched_tokens")
+    total = dict.fromkeys(counted, 0)
+    workers: defaultdict[str, dict[str, int]] = defaultdict(lambda: dict.fromkeys(counted, 0))
+    covered_s = 0.0
+    for receipt in receipts.latest():
+        covered_s = min(now - receipt.at, seconds)
+        if now - receipt.at > seconds:
+            break
+        for counts in (total, workers[receipt.chosen or ""]):
+            counts["requests"] += 1
+            counts["prompt_tokens"] += receipt.prompt_tokens
+            counts["matched_tokens"] += receipt.matched_tokens
+    return {"covered_s": covered_s, "total": total, "workers": workers}
+
+
+def _unknown(key: str) -> Response:
+    return _json({"detail": f"no decision {key} here: too old, or of another gateway"}, status=404)
 
 
 def _json(content: object, *, status: int = 200) -> Response:

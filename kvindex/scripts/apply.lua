@@ -71,6 +71,11 @@ for at = 1, #removed, 8 do
   end
 end
 
+if #removed > 0 then
+  redis.call('XADD', REMOVALS, 'MAXLEN', '~', LOG_REMOVALS, '*', 'slot', slot, 'incarnation', incarnation,
+    'blocks', removed)
+end
+
 local function split_next()
   local source = bucket_key(num_buckets - power)
   local moving, moved = {}, {}

@@ -8,5 +8,5 @@ local slot, incarnation = unpack(ARGV)
 if not own(slot, incarnation) then
   return 0
 end
-fence(slot)
+fence(slot, 'closed', '')
 return 1

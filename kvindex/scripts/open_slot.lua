@@ -1,10 +1,11 @@
 -- Gives a worker a fresh, empty slot and fences the one it held before.
 --
 -- KEYS[1]  directory of the pool
--- ARGV     worker id, incarnation, worker as JSON, lease in ms, 1 to take over from a live process
+-- ARGV     worker id, incarnation, worker as JSON, lease in ms, 1 to take over from a live process,
+--          kind and detail of the event
 -- Returns  the slot, or the incarnation that holds a live lease under this worker id
 
-local worker_id, incarnation, worker, lease_ms, takeover = unpack(ARGV)
+local worker_id, incarnation, worker, lease_ms, takeover, kind, detail = unpack(ARGV)
 local now = now_ms()
 
 local former = redis.call('HGET', IDS, worker_id)
@@ -13,7 +14,7 @@ if former then
   if holder and holder ~= incarnation and takeover ~= '1' and expiry_of(read_row(former)) > now then
     return holder
   end
-  fence(former)
+  fence(former, 'fenced', holder == incarnation and 'it has a fresh slot' or 'another process took its place')
 end
 
 local members = read_set('members')
@@ -32,5 +33,8 @@ redis.call('HSETNX', DIRECTORY, 'buckets', 1)
 redis.call('HSET', IDS, worker_id, slot)
 redis.call('HSET', SLOT .. slot, 'worker_id', worker_id, 'worker', worker, 'incarnation', incarnation,
   'sequence', 0, 'count', 0, 'digest', pack('<I4I4', 0, 0))
+redis.call('PERSIST', LOG)
+redis.call('PERSIST', REMOVALS)
+note_event(kind, slot, worker_id, incarnation, detail)
 write_row(slot, pack(LIVE_HEAD, now + lease_ms, lease_ms, epoch, 0, 0) .. NO_ROW:sub(LOAD_AT))
 return slot

@@ -173,8 +173,15 @@ local function own(slot, incarnation)
   return state[1] == incarnation and state or nil
 end
 
-local function fence(slot)
-  local worker_id = redis.call('HGET', SLOT .. slot, 'worker_id')
+-- Adds a line to the pool's log: a `PoolEvent` of history.py.
+local function note_event(kind, slot, worker_id, incarnation, detail)
+  redis.call('XADD', LOG, 'MAXLEN', '~', LOG_EVENTS, '*', 'kind', kind, 'slot', slot, 'worker', worker_id or '',
+    'incarnation', incarnation or '', 'detail', detail)
+end
+
+local function fence(slot, kind, detail)
+  local worker_id, incarnation = unpack(redis.call('HMGET', SLOT .. slot, 'worker_id', 'incarnation'))
+  note_event(kind, slot, worker_id, incarnation, detail)
   redis.call('HDEL', IDS, worker_id or '')
   redis.call('DEL', SLOT .. slot, TAKEN .. slot)
   write_row(slot, NO_ROW)

@@ -22,7 +22,7 @@ local num_fenced = 0
 for _, slot in ipairs(to_slots(read_set('members'))) do
   local expires, lease_ms = unpack_from('<dI4', read_row(slot))
   if num_fenced < MOST_FENCED and expires + (ABANDONED_AFTER_LEASES - 1) * lease_ms <= now then
-    fence(slot)
+    fence(slot, 'fenced', 'silent for ' .. ABANDONED_AFTER_LEASES .. ' leases')
     num_fenced = num_fenced + 1
   end
 end
@@ -84,6 +84,9 @@ if sweeping ~= '' then
     cursor = cursor + 1
   end
   if cursor >= num_buckets then
+    for _, slot in ipairs(to_slots(to_words(sweeping))) do
+      note_event('swept', slot, '', '', '')
+    end
     sweeping = ''
     if dead == '' and #to_slots(members) == 0 then
       num_entries = 0 -- whatever Redis may have lost of them
@@ -98,4 +101,8 @@ end
 
 redis.call('HSET', DIRECTORY, 'buckets', num_buckets, 'entries', num_entries, 'cursor', cursor,
   'sweeping', sweeping, 'dead', dead)
+if sweeping == '' and dead == '' and #to_slots(members) == 0 then
+  redis.call('EXPIRE', LOG, LOG_LEFT_S)
+  redis.call('EXPIRE', REMOVALS, LOG_LEFT_S)
+end
 return #to_slots(to_words(dead)) + #to_slots(to_words(sweeping))

@@ -1,14 +1,17 @@
--- Describes every worker that is not fenced. Writes nothing.
+-- Describes a slice of the workers that are not fenced. Writes nothing.
 --
 -- KEYS[1]  directory of the pool
--- ARGV     none
--- Returns  {{slot, worker as JSON, count, digest}...; what `fleet` returns}
+-- ARGV     workers to skip, most to describe
+-- Returns  {number of workers; {slot, worker as JSON, count, digest}...; what `fleet` returns}
 
+local slots = to_slots(read_set('members'))
+local first = tonumber(ARGV[1])
 local described = {}
-for _, slot in ipairs(to_slots(read_set('members'))) do
+for index = first + 1, math.min(first + ARGV[2], #slots) do
+  local slot = slots[index]
   local state = redis.call('HMGET', SLOT .. slot, 'worker', 'count', 'digest')
   if state[1] then -- Redis may have lost it
     described[#described + 1] = {slot, state[1], tonumber(state[2]), state[3]}
   end
 end
-return {described, fleet(now_ms())}
+return {#slots, described, fleet(now_ms())}

@@ -1,5 +1,7 @@
 from __future__ import annotations
 
+import base64
+
 import httpx
 import pytest
 
@@ -14,7 +16,7 @@ from gateway.probe import worker_client
 from gateway.rates import Rates
 from gateway.receipts import Receipts
 from gateway.tokens.request import Api, Prompt, ReadRequest
-from kvindex.blocks import hash_blocks, root_hash
+from kvindex.blocks import hash_blocks, pack_hashes, root_hash, unpack_hashes
 from kvindex.errors import IndexUnavailable
 from kvindex.memory_index import MemoryIndex, MemoryIndexReader, MemoryIndexWriter
 from kvindex.worker import Batch
@@ -37,6 +39,11 @@ class Outage(MemoryIndexReader):
         if self.down:
             raise IndexUnavailable("redis://nowhere: refused")
         return await super().match(pool, hashes)
+
+    async def events(self, pool, **options):
+        if self.down:
+            raise IndexUnavailable("redis://nowhere: refused")
+        return await super().events(pool, **options)
 
 
 class RecordingReader:
@@ -71,7 +78,7 @@ class Gateway:
             rates=rates,
             receipts=self.receipts,
         )
-        self.app = create_app(self.router, self.fleet, rates=rates, receipts=self.receipts)
+        self.app = create_app(self.router, self.fleet, self.index, rates=rates, receipts=self.receipts)
         worker = make_worker("a:1")
         writer = MemoryIndexWriter(memory)
         slot = writer.open_slot(worker, lease_ms=60_000)
@@ -185,6 +192,44 @@ async def test_a_wrong_limit_is_refused(admin, limit):
     assert (await admin.get("/decisions", params={"limit": limit})).status_code == 422
 
 
+async def test_traffic_is_counted_overall_and_by_worker(admin, gateway):
+    nothing = {"requests": 0, "prompt_tokens": 0, "matched_tokens": 0}
+    assert (await admin.get("/traffic")).json() == {"covered_s": 0.0, "total": nothing, "workers": {}}
+    await gateway.fleet.poll()
+    for _ in range(3):
+        await decide(gateway)
+    counted = {"requests": 3, "prompt_tokens": 300, "matched_tokens": 96}
+    found = (await admin.get("/traffic")).json()
+    assert (found["total"], found["workers"]) == (counted, {"a:1": counted})
+    assert 0 <= found["covered_s"] <= 60
+    oldest = list(gateway.receipts.latest())[-1]
+    oldest.at -= 100
+    found = (await admin.get("/traffic", params={"seconds": 60})).json()
+    assert (found["total"]["requests"], found["covered_s"]) == (2, 60)
+    assert (await admin.get("/traffic", params={"seconds": 0})).status_code == 422
+
+
+async def test_prompts_are_told_by_hashes_alone(admin, gateway):
+    await gateway.fleet.poll()
+    decision = await decide(gateway)
+    (told,) = (await admin.get("/prompts", params={"limit": 5})).json()
+    (chain,) = told["chains"]
+    assert told["decision_id"] == decision.decision_id
+    assert (told["worker"], told["prompt_tokens"], told["matched_tokens"]) == ("a:1", 100, 32)
+    hashes = hash_blocks(root_hash("tiny"), PROMPT, 16)
+    assert unpack_hashes(base64.b64decode(chain["hashes"])) == hashes
+    assert set(chain) == {"pool_id", "num_blocks", "stride", "hashes"}
+
+
+async def test_why_without_the_index_is_503(admin, gateway):
+    await gateway.fleet.poll()
+    decision = await decide(gateway)
+    gateway.index.down = True
+    answer = await admin.get(f"/why/{decision.decision_id}")
+    assert (answer.status_code, "refused" in answer.text) == (503, True)
+    assert (await admin.get("/why/nobody")).status_code == 404
+
+
 async def test_prefix_asks_as_a_completion_or_a_chat(admin, gateway):
     await gateway.fleet.poll()
     answer = await admin.post("/prefix", json={"model": "tiny", "text": "hello"})
@@ -192,7 +237,23 @@ async def test_prefix_asks_as_a_completion_or_a_chat(admin, gateway):
         "model": "tiny",
         "prompt_tokens": 100,
         "inexact": None,
-        "workers": [{"worker": "a:1", "matched_blocks": 2, "matched_tokens": 32, "degraded": None}],
+        "workers": [
+            {
+                "worker": "a:1",
+                "matched_blocks": 2,
+                "matched_tokens": 32,
+                "degraded": None,
+                "tiers": {"device": 2},
+            },
+        ],
+        "chains": [
+            {
+                "pool_id": make_worker().pool.pool_id,
+                "num_blocks": 6,
+                "stride": 1,
+                "hashes": base64.b64encode(pack_hashes(hash_blocks(root_hash("tiny"), PROMPT, 16))).decode(),
+            }
+        ],
     }
     chat = b'{"model":"tiny","messages":[],"tools":[]}'
     await admin.post("/prefix", content=chat)

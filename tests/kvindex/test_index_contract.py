@@ -12,6 +12,7 @@ import pytest
 from kvindex.blocks import Pool
 from kvindex.config import IndexConfig
 from kvindex.errors import SlotLost, WorkerConflict
+from kvindex.history import EventKind, Opening
 from kvindex.index import MAX_BATCH, IndexReader, IndexWriter
 from kvindex.memory_index import MemoryIndex, MemoryIndexReader, MemoryIndexWriter
 from kvindex.redis_index import RedisIndexReader, RedisIndexWriter
@@ -382,6 +383,18 @@ async def test_only_the_owner_reads_a_slot_back(index):
         index.writer.blocks_of(POOL, slot, "one", turn=0)
 
 
+async def test_the_holders_of_many_blocks_are_read_at_once(index):
+    slots = [index.open(number) for number in range(40)]
+    for slot in slots:
+        index.store(slot, [slot + 1, 1000, 2**64 - 1 - slot])
+    index.writer.close_slot(POOL, slots[3], "one")
+    holders = await index.reader.holders_of(POOL, [1000, 4, 5, 2**64 - 1, *range(2000, 2600)])
+    assert holders[1000] == tuple(slot for slot in slots if slot != slots[3])
+    assert (holders[4], holders[5], holders[2**64 - 1]) == ((), (slots[4],), (slots[0],))
+    assert all(holders[block] == () for block in range(2000, 2600))
+    assert await index.reader.holders_of(POOL, []) == {}
+
+
 # Leases
 
 
@@ -480,6 +493,73 @@ async def test_a_slot_that_dies_during_a_sweep_is_swept_as_well(index):
     await index.sweep_all()
     assert [index.open(number) for number in range(4, 7)] == doomed
     assert await index.overlap(hashes) == {kept: len(hashes)}
+
+
+# Log
+
+
+def kinds(events) -> list[tuple[str, int, str]]:
+    return [(event.kind, event.slot, event.detail) for event in events]
+
+
+async def test_the_log_tells_what_happened_to_slots(index):
+    slot = index.open(0, "one")
+    resync = index.open(0, "one", because=Opening(EventKind.DRIFT, "3 blocks, not 2"))
+    taken = index.open(0, "two", takeover=True)
+    index.writer.close_slot(POOL, taken, "two")
+    events = await index.reader.events(POOL, max_events=100)
+    assert kinds(events) == [
+        ("opened", slot, ""),
+        ("fenced", slot, "it has a fresh slot"),
+        ("drift", resync, "3 blocks, not 2"),
+        ("fenced", resync, "another process took its place"),
+        ("opened", taken, ""),
+        ("closed", taken, ""),
+    ]
+    assert {event.worker_id for event in events} == {worker(0).worker_id}
+    assert [event.incarnation for event in events] == ["one"] * 4 + ["two"] * 2
+    assert [event.at_ms for event in events] == sorted(event.at_ms for event in events)
+    await index.sweep_all()
+    swept = await index.reader.events(POOL, after=events[-1].event_id, max_events=100)
+    assert sorted(kinds(swept)) == [("swept", each, "") for each in sorted({slot, resync, taken})]
+
+
+async def test_the_log_tells_of_a_silent_worker(index):
+    slot = index.open(lease_ms=50)
+    await index.elapse(500)
+    await index.sweep_all()
+    events = await index.reader.events(POOL, max_events=100)
+    assert kinds(events)[1:] == [("fenced", slot, "silent for 10 leases"), ("swept", slot, "")]
+
+
+async def test_evicted_blocks_are_remembered_with_their_time(index):
+    slot, other = index.open(0), index.open(1)
+    index.store(slot, [1, 2, 3])
+    index.writer.apply(POOL, slot, "one", Batch(sequence=2, stored=(4,), removed=(1, 2**64 - 1)))
+    batch = Batch(sequence=3, removed=(2,))
+    for _ in range(2):  # a repeated batch is one removal
+        index.writer.apply(POOL, slot, "one", batch)
+    index.writer.apply(POOL, other, "one", Batch(sequence=1, removed=(2,)))
+    first, *later = await index.reader.removals(POOL, max_events=100)
+    assert (first.slot, first.incarnation, first.blocks) == (slot, "one", (1, 2**64 - 1))
+    assert [(each.slot, each.blocks) for each in later] == [(slot, (2,)), (other, (2,))]
+    assert first.at_ms <= later[0].at_ms
+
+
+@pytest.mark.parametrize("what", ["events", "removals"])
+async def test_a_log_is_read_from_its_end_and_on_from_any_place(index, what):
+    read = getattr(index.reader, what)
+    assert await read(POOL, max_events=10) == []
+    for number in range(7):
+        slot = index.open(number)
+        index.writer.apply(POOL, slot, "one", Batch(sequence=1, removed=(number,)))
+    lines = await read(POOL, max_events=100)
+    assert len(lines) == 7
+    assert len({each.event_id for each in lines}) == 7
+    assert await read(POOL, max_events=3) == lines[4:]
+    assert await read(POOL, after=lines[1].event_id, max_events=3) == lines[2:5]
+    assert await read(POOL, after=lines[-1].event_id, max_events=3) == []
+    assert await read(POOL, after=str(lines[0].at_ms - 1), max_events=100) == lines
 
 
 # Reservations

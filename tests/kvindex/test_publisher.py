@@ -11,6 +11,7 @@ import pytest
 from kvindex.config import PublisherConfig
 from kvindex.errors import EventsLost, IndexUnavailable
 from kvindex.events import AllBlocksCleared, BlockStored
+from kvindex.history import EventKind, PoolEvent
 from kvindex.memory_index import MemoryIndex, MemoryIndexReader, MemoryIndexWriter
 from kvindex.publisher import LoadReport, Publisher
 from kvindex.worker import Batch, Load, RegisteredWorker, SlotState, Worker
@@ -40,10 +41,10 @@ class FaultyWriter(MemoryIndexWriter):
         if self.away:
             raise IndexUnavailable("away")
 
-    def open_slot(self, worker: Worker, *, lease_ms: int, takeover: bool = False) -> int:
+    def open_slot(self, worker: Worker, **options) -> int:
         self._called()
         self.num_opened += 1
-        return super().open_slot(worker, lease_ms=lease_ms, takeover=takeover)
+        return super().open_slot(worker, **options)
 
     def apply(self, pool, slot: int, incarnation: str, batch: Batch) -> SlotState:
         self._called()
@@ -106,6 +107,10 @@ class Bench:
         """Return whether the index knows this load."""
         found = await self.registered()
         return found is not None and found.load == load
+
+    def log(self) -> list[PoolEvent]:
+        """Return what the index remembers of the worker's slots."""
+        return list(self.index.pool(self.worker.pool).events)
 
     async def holds(self, hashes: Sequence[int]) -> bool:
         """Return whether the live slot holds exactly these blocks."""
@@ -234,9 +239,10 @@ async def test_a_lost_slot_is_replaced_by_a_fresh_one_with_the_whole_state(bench
     bench.source.put(event)
     await eventually(lambda: bench.holds(hashes))
     for slot in list(bench.index.pool(bench.worker.pool).slots.values()):
-        bench.index.pool(bench.worker.pool).fence(slot)
+        bench.index.pool(bench.worker.pool).fence(slot, EventKind.FENCED, "", bench.index.now_ms())
     await eventually(lambda: bench.holds(hashes))
     assert bench.writer.num_opened == 2
+    assert bench.log()[-1].kind == EventKind.RESYNC
 
 
 @pytest.mark.parametrize("damage", ["lost", "added", "altered"])
@@ -251,6 +257,8 @@ async def test_drift_in_the_index_is_found_and_repaired(bench: Bench, damage: st
         slot.blocks.add(12345)
     await eventually(lambda: bench.writer.num_opened == 2)
     await eventually(lambda: bench.holds(hashes))
+    assert bench.log()[-1].kind == EventKind.DRIFT
+    assert "it was told 2 with" in bench.log()[-1].detail
 
 
 async def test_a_cleared_cache_takes_a_fresh_slot(bench: Bench):
@@ -262,6 +270,7 @@ async def test_a_cleared_cache_takes_a_fresh_slot(bench: Bench):
     await eventually(lambda: bench.holds(after_hashes))
     assert bench.writer.num_opened == 2
     assert not any(batch.removed for batch in bench.writer.batches)
+    assert [event.kind for event in bench.log()] == [EventKind.OPENED, EventKind.FENCED, EventKind.CLEARED]
 
 
 async def test_lost_events_leave_no_claim_behind(bench: Bench):
@@ -274,6 +283,7 @@ async def test_lost_events_leave_no_claim_behind(bench: Bench):
     await eventually(lambda: bench.holds(hashes))
     bench.source.put(EventsLost("gap"), child, again)
     await eventually(lambda: bench.holds(again_hashes))
+    assert (bench.log()[-1].kind, bench.log()[-1].detail) == (EventKind.RESYNC, "gap")
 
 
 async def test_nothing_is_resent_when_nothing_was_known(bench: Bench):

@@ -12,10 +12,11 @@ import redis
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
+from kvindex import redis_index
 from kvindex.config import IndexConfig
 from kvindex.errors import ConfigError, IndexUnavailable, SlotLost
 from kvindex.index import MAX_BATCH
-from kvindex.keys import bucket_key, directory
+from kvindex.keys import LOG_LEFT_S, bucket_key, directory, log_key, removals_key
 from kvindex.redis_index import RedisIndexReader, RedisIndexWriter
 from kvindex.worker import Batch, Load, Worker
 from tests.support.oracle import check_overlap
@@ -114,6 +115,38 @@ async def test_scripts_are_loaded_again_after_a_flush(writer, reader, client):
         ).charged
 
 
+async def test_many_workers_are_described_in_slices_of_one_registry_version(writer, reader, monkeypatch):
+    monkeypatch.setattr(redis_index, "_WORKERS_PER_CALL", 10)
+    Fleet(writer, 35)
+    run, calls = reader._run, []
+
+    async def joined_meanwhile(name, pool, *args):
+        calls.append(args)
+        if len(calls) in (2, 5):
+            writer.close_slot(POOL, len(calls), "one")
+        return await run(name, pool, *args)
+
+    monkeypatch.setattr(reader, "_run", joined_meanwhile)
+    version, workers = await reader.workers(POOL)
+    assert sorted(each.slot for each in workers) == sorted({*range(35)} - {2, 5})
+    assert [skipped for skipped, _ in calls] == [0, 10, 0, 10, 20, 0, 10, 20, 30]
+    assert version == (await reader.match(POOL, [])).registry_version
+
+
+async def test_a_registry_that_changes_all_the_time_is_read_at_once(writer, reader, monkeypatch):
+    monkeypatch.setattr(redis_index, "_WORKERS_PER_CALL", 1)
+    Fleet(writer, 3)
+    run = reader._run
+
+    async def restarted_meanwhile(name, pool, *args):
+        writer.open_slot(worker(0), lease_ms=LEASE_MS)
+        return await run(name, pool, *args)
+
+    monkeypatch.setattr(reader, "_run", restarted_meanwhile)
+    _, workers = await reader.workers(POOL)
+    assert {each.worker.worker_id for each in workers} == {worker(number).worker_id for number in range(3)}
+
+
 async def test_reading_writes_nothing(writer, reader, client):
     fleet = Fleet(writer, 2)
     fleet.write(0, random_hashes(500))
@@ -121,7 +154,9 @@ async def test_reading_writes_nothing(writer, reader, client):
     await reader.match(POOL, random_hashes(500))
     await reader.workers(POOL)
     await reader.pools()
-    writes = {"hset", "hdel", "hincrby", "del", "zadd", "zrem", "hsetnx", "set"}
+    await reader.events(POOL, max_events=10)
+    await reader.removals(POOL, max_events=10)
+    writes = {"xadd", "hset", "hdel", "hincrby", "del", "zadd", "zrem", "hsetnx", "set"}
     assert not {f"cmdstat_{name}" for name in writes} & set(client.info("commandstats"))
 
 
@@ -182,7 +217,7 @@ async def test_sweeping_returns_the_memory_and_keeps_what_lives(writer, reader, 
         assert len(await reader.holders(POOL, block)) == 1
 
 
-async def test_a_fleet_that_has_gone_leaves_two_small_keys(writer, reader, client):
+async def test_a_fleet_that_has_gone_leaves_two_small_keys_and_its_log_for_a_day(writer, reader, client):
     fleet = Fleet(writer, 2)
     for slot in fleet.slots:
         fleet.write(slot, random_hashes(2_000))
@@ -191,7 +226,36 @@ async def test_a_fleet_that_has_gone_leaves_two_small_keys(writer, reader, clien
     num_left = 1
     while num_left:
         num_left = await reader.sweep(POOL, max_buckets=100)
-    assert set(client.scan_iter()) == {b"kvlane:pools", directory(POOL).encode()}
+    log = log_key(POOL).encode()
+    assert set(client.scan_iter()) == {b"kvlane:pools", directory(POOL).encode(), log}
+    assert 0 < client.ttl(log) <= LOG_LEFT_S
+    Fleet(writer, 1)
+    assert client.ttl(log) == -1
+
+
+async def test_the_logs_stay_within_their_bounds(writer, reader, client, monkeypatch):
+    monkeypatch.setattr("kvindex.keys.LOG_EVENTS", 100)
+    monkeypatch.setattr("kvindex.keys.LOG_REMOVALS", 100)
+    redis_index._script.cache_clear()
+    small = RedisIndexWriter(IndexConfig(redis_url=writer._url))
+    redis_index._script.cache_clear()
+    fleet = Fleet(small, 1)
+    for number in range(1_000):
+        fleet.write(0, [], [number])
+    for _ in range(500):
+        small.open_slot(worker(1), lease_ms=LEASE_MS)
+    small.close()
+    # Redis trims whole nodes of a hundred lines.
+    for key in (log_key(POOL), removals_key(POOL)):
+        assert 100 <= client.xlen(key) < 300
+    assert (await reader.removals(POOL, max_events=1))[0].blocks == (999,)
+
+
+def test_a_batch_of_evictions_is_remembered_in_little_memory(writer, client):
+    fleet = Fleet(writer, 1)
+    for number in range(2_000):
+        fleet.write(0, [], random_hashes(16, seed=number))
+    assert client.memory_usage(removals_key(POOL), samples=0) / 2_000 < 16 * 8 + 64
 
 
 async def swept(reader: RedisIndexReader, client: redis.Redis) -> None:

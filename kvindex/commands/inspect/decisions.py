@@ -1,0 +1,142 @@
+"""`kvlane inspect prefix`, `decision` and `why`: what a gateway knows of prompts and requests."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping, Sequence
+from typing import Annotated, Any
+from urllib.parse import quote
+
+import typer
+from rich.console import Group, RenderableType
+from rich.padding import Padding
+from rich.text import Text
+
+from kvindex.commands.inspect.admin_api import ask, ask_about_prompt
+from kvindex.commands.inspect.options import DEFAULT_ADMIN, AdminUrl, AsJson, show
+from kvindex.commands.inspect.tables import HOW_TO_JOIN, facts, inline, local_time, share, table
+from kvindex.worker import Tier
+
+PromptModel = Annotated[
+    str | None, typer.Option(help="Model or LoRA adapter; default: the body's, or the fleet's only one.")
+]
+
+RequestId = Annotated[
+    str,
+    typer.Argument(metavar="ID", help="The x-kvlane-decision header of the answer, or its x-request-id."),
+]
+
+
+def prefix(
+    text: Annotated[
+        str,
+        typer.Argument(
+            metavar="TEXT-or-@FILE",
+            help="A prompt; or @FILE with a prompt or with the JSON body of a chat request.",
+        ),
+    ],
+    model: PromptModel = None,
+    admin: AdminUrl = DEFAULT_ADMIN,
+    as_json: AsJson = False,
+) -> None:
+    """Say how much of a prompt each worker holds, in which tier."""
+    found = ask_about_prompt(admin, text, model)
+    show(found, _view_prefix(found), as_json=as_json)
+
+
+def decision(decision_id: RequestId, admin: AdminUrl = DEFAULT_ADMIN, as_json: AsJson = False) -> None:
+    """Show a decision: every candidate with its terms, the choice, and what was then measured."""
+    found = ask(admin, "GET", f"/decisions/{quote(decision_id, safe='')}")
+    show(found, _view_decision(found), as_json=as_json)
+
+
+def why(
+    decision_id: RequestId,
+    worker: Annotated[str | None, typer.Option(help="Explain this candidate, too.")] = None,
+    admin: AdminUrl = DEFAULT_ADMIN,
+    as_json: AsJson = False,
+) -> None:
+    """Say why the worker of a request did not hold more of its prompt, and why the best holder did not.
+
+    Known are the requests that the asked gateway remembers, and what the index remembers of evictions and
+    restarts. Neither text nor tokens nor salts are kept anywhere.
+    """
+    asked = f"?worker={quote(worker, safe='')}" if worker else ""
+    found = ask(admin, "GET", f"/why/{quote(decision_id, safe='')}{asked}")
+    show(found, Group(*_view_why(found)), as_json=as_json)
+
+
+def _view_prefix(found: Mapping[str, Any]) -> RenderableType:
+    if not found["workers"]:
+        return Text(f"No live worker serves {found['model']}. {HOW_TO_JOIN}")
+    num_tokens = found["prompt_tokens"]
+    tiers = [tier for tier in Tier if any(tier in each["tiers"] for each in found["workers"])]
+    rows = (
+        (
+            each["worker"],
+            *(f"{each['tiers'].get(tier, 0):,}" for tier in tiers),
+            f"{each['matched_blocks']:,}",
+            f"{each['matched_tokens']:,}",
+            share(each["matched_tokens"], num_tokens),
+        )
+        for each in found["workers"]
+    )
+    doubt = f"; may differ from the engine's: {found['inexact']}" if found["inexact"] else ""
+    title = f"{num_tokens:,} prompt tokens of {found['model']}{doubt}"
+    columns = [*(f"on {tier}" for tier in tiers), "blocks held", "tokens", "of the prompt"]
+    return table(title, ["worker"], columns, rows)
+
+
+def _view_decision(receipt: Mapping[str, Any]) -> RenderableType:
+    """Show a receipt: the request, every candidate with its terms, what was measured."""
+    values = {name: value for name, value in receipt.items() if name != "candidates"}
+    return Group(facts(values | {"at": local_time(receipt["at"])}), _candidates(receipt["candidates"]))
+
+
+def _candidates(found: Sequence[Mapping[str, Any]]) -> RenderableType:
+    if not found:
+        return Text("No candidate was weighed: the index was not asked, and load alone decided.")
+    terms = list(found[0]["terms"])
+    columns = ["cached_tokens", "uncached_tokens", "backlog_tokens", "running_requests", "waiting_requests"]
+    rows = (
+        (
+            each["worker"],
+            *(inline(each[name]) for name in columns),
+            *(inline(each["terms"][name]) for name in terms),
+            inline(each["ttft_ms"]),
+        )
+        for each in found
+    )
+    titles = [name.replace("_", " ") for name in [*columns, *terms, "ttft_ms"]]
+    return table("candidates, best first", ["worker"], titles, rows)
+
+
+_ROLES = {
+    "chosen": "The chosen worker",
+    "best_holder": "The best holder",
+    "asked_for": "The worker asked for",
+}
+
+
+def _view_why(found: Mapping[str, Any]) -> Iterator[RenderableType]:
+    apart = {"findings", "receipts_since"}
+    values = {name: value for name, value in found.items() if name not in apart}
+    times = {"at": local_time(found["at"]), "requests known since": local_time(found["receipts_since"])}
+    yield facts(values | times)
+    if not found["findings"]:
+        reason = found["fallback"] or "its path carries no prompt that is understood"
+        yield Text(f"The index was not asked ({reason}): nothing is known of blocks.")
+        return
+    for role, finding in found["findings"].items():
+        yield from _view_finding(_ROLES[role], finding)
+
+
+def _view_finding(who: str, finding: Mapping[str, Any]) -> Iterator[RenderableType]:
+    yield Text()
+    held, num_blocks = finding["overlap_blocks"], finding["num_blocks"]
+    yield Text(f"{who}, {finding['worker']}, held {held:,} of its {num_blocks:,} full blocks.")
+    values: dict[str, object] = {"reason": f"{finding['reason'].replace('_', ' ')}: {finding['detail']}"}
+    if finding["missed_tokens"] is not None:
+        first, last = finding["missed_tokens"]
+        values["first_miss"] = f"tokens {first:,} to {last - 1:,}, block {finding['block']}"
+        values["held_now_by"] = finding["holders_now"] or "nobody"
+    yield Padding(facts(values), (0, 0, 0, 2))
