@@ -26,7 +26,7 @@ from kvindex.worker import Load
 from tests.support.engine_core import EventStream
 from tests.support.ports import free_ports
 from tests.support.proxy import stalling_proxy
-from tests.support.published import Published, index_is, slots_of
+from tests.support.publishing import Published, index_is, slots_of
 from tests.support.running import running
 from tests.support.scripted_engine import make_worker, prompt, removal
 from tests.support.waiting import eventually

@@ -339,10 +339,10 @@ async def test_a_scan_misses_nothing_while_the_pool_grows(index):
     index.store(slot, hashes)
     found, first_bucket, sequence = {}, 0, -(-len(hashes) // MAX_BATCH)
     while first_bucket is not None:
-        entries = await index.reader.entries(POOL, first_bucket=first_bucket, max_buckets=1)
+        entries = await index.reader.entries(POOL, first_bucket=first_bucket, max_buckets=4)
         found |= entries.holders
         first_bucket = entries.next_bucket
-        if sequence < 60:
+        if sequence < 30:
             sequence += 1
             index.store(slot, [rng.getrandbits(64) for _ in range(MAX_BATCH)], sequence=sequence)
     assert found.keys() >= set(hashes)

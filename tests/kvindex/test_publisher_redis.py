@@ -11,7 +11,7 @@ from kvindex.blocks import format_hash
 from kvindex.embedded import embedded_redis
 from kvindex.keys import bucket_key, directory
 from tests.support.ports import free_ports
-from tests.support.published import Published, index_is, slots_of
+from tests.support.publishing import Published, index_is, slots_of
 from tests.support.scripted_engine import prompt, removal
 from tests.support.waiting import eventually
 

@@ -10,7 +10,7 @@ from __future__ import annotations
 import sys
 import time
 
-from tests.support.published import Published
+from tests.support.publishing import Published
 from tests.support.scripted_engine import prompt
 
 
