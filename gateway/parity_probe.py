@@ -307,7 +307,7 @@ class ParityProber:
                 headers=headers,
                 timeout=self._config.parity_timeout_s,
             )
-        except httpx.HTTPError as error:
+        except (httpx.HTTPError, httpx.InvalidURL) as error:
             reason = str(error) or type(error).__name__
             raise Unverified(Reason.NO_ANSWER, f"it does not answer a probe at {path}: {reason}") from error
 

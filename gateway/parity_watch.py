@@ -66,7 +66,8 @@ class ParityWatch:
             del self._due_at_s[name]
             self._again_s.pop(name, None)
         for name, registered in live.items():
-            is_due = self._due_at_s.get(name, 0.0) <= time.monotonic()
+            # A lease that lapsed and was renewed in between has cost the verdict.
+            is_due = name not in snapshot.parity or self._due_at_s[name] <= time.monotonic()
             if is_due and name not in self._checks and snapshot.accepts_connections(registered.worker):
                 task = asyncio.create_task(self._check(registered))
                 self._checks[name] = task

@@ -136,6 +136,22 @@ async def test_a_new_life_is_checked_anew(watched):
     assert set(at.fleet.snapshot.parity) == {"second"}
 
 
+async def test_a_worker_whose_lease_lapsed_is_checked_again(watched):
+    at = watched()
+    worker = await at.join("a:1")
+    at.answering()
+    await eventually(lambda: at.state(worker) is State.EXACT)
+    writer = MemoryIndexWriter(at.memory)
+    (slot,) = [each.slot for each in at.fleet.snapshot.workers()]
+    writer.close_slot(worker.pool, slot, worker.incarnation)
+    # Both reads come between two looks of the watch.
+    await at.fleet.poll()
+    await at.join("a:1")
+    assert at.state(worker) is State.CHECKING
+    await eventually(lambda: at.state(worker) is State.EXACT)
+    assert len(at.prober.checked) == 2
+
+
 async def test_a_check_without_end_is_made_again_soon_and_changes_no_verdict(watched, monkeypatch):
     monkeypatch.setattr(parity_watch, "FIRST_AGAIN_S", 0.01)
     at = watched(parity_again_s=0.02)
