@@ -63,7 +63,7 @@ _RETRIES = 2
 
 
 _WORKERS_PER_CALL = 250
-"""About a millisecond of Redis."""
+"""One to two milliseconds of Redis."""
 
 _RESTARTS = 5
 _ALL_WORKERS = 65_536
