@@ -56,7 +56,7 @@ _SCRIPTS = importlib.resources.files("kvindex") / "scripts"
 
 
 _WORKERS_PER_CALL = 250
-"""About a millisecond of Redis."""
+"""One to two milliseconds of Redis."""
 
 _RESTARTS = 5
 _ALL_WORKERS = 65_536
