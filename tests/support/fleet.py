@@ -81,19 +81,21 @@ def indexed_blocks(fleet: LocalFleet) -> int:
     return sum(each.num_indexed_blocks for each in registered(fleet).values())
 
 
+def is_idle(fleet: LocalFleet) -> bool:
+    """Say whether no engine has reported a request that it still has, and none is charged."""
+    return not any(
+        each.load.running_requests + each.load.waiting_requests + each.charged_requests
+        for each in registered(fleet).values()
+    )
+
+
 def settled(fleet: LocalFleet) -> None:
     """Wait until the index has heard of every block of the requests so far, and that they are over."""
     seen: list[int | None] = []
 
     def unchanged() -> bool:
-        workers = registered(fleet).values()
-        is_idle = not any(
-            each.load.running_requests + each.load.waiting_requests + each.charged_requests
-            for each in workers
-        )
-        num_blocks = sum(each.num_indexed_blocks for each in workers)
-        seen.append(num_blocks if is_idle and num_blocks else None)
-        return len(seen) > 2 and None not in seen[-3:] and len(set(seen[-3:])) == 1
+        seen.append(indexed_blocks(fleet) if is_idle(fleet) else None)
+        return bool(seen[-1]) and len(seen) > 2 and len(set(seen[-3:])) == 1
 
     eventually(unchanged)
 
