@@ -8,5 +8,6 @@ local slot, incarnation = unpack(ARGV)
 if not own(slot, incarnation) then
   return 0
 end
+write_though_full()
 fence(slot, 'closed', '')
 return 1

@@ -5,6 +5,7 @@ Times are a tenth of what they are in production, so that a stall of 3 s stands 
 
 from __future__ import annotations
 
+import argparse
 import asyncio
 import os
 import signal
@@ -24,6 +25,7 @@ from kvindex.publisher import LoadReport, Publisher
 from kvindex.redis_index import RedisIndexReader, RedisIndexWriter
 from kvindex.worker import Load
 from tests.support.engine_core import EventStream
+from tests.support.engine_flaws import add_flags
 from tests.support.ports import free_ports
 from tests.support.proxy import stalling_proxy
 from tests.support.publishing import Published, index_is, slots_of
@@ -199,7 +201,11 @@ async def test_an_event_queue_that_overflows(redis_url: str, has_replay: bool):
     """With replay nothing is lost. Without, nothing is claimed that is not known any more."""
     events_port, replay_port = free_ports(2)
     replay = f"tcp://127.0.0.1:{replay_port}" if has_replay else None
-    stream = LossyStream(f"tcp://127.0.0.1:{events_port}", replay)
+    parser = argparse.ArgumentParser()
+    add_flags(parser)
+    faultless = parser.parse_args([])
+    faultless.events, faultless.replay = f"tcp://127.0.0.1:{events_port}", replay
+    stream = LossyStream(faultless)
     config = PublisherConfig(redis_url=redis_url, lease_ms=2_000, heartbeat_ms=50, redis_timeout_s=10)
     worker = make_worker()
     source = ZmqEventSource(f"tcp://127.0.0.1:{events_port}", replay, recheck_s=0.2)

@@ -9,6 +9,7 @@ from pathlib import Path
 import pytest
 import redis
 
+from kvindex.blocks import BlockHash
 from kvindex.config import IndexConfig
 from kvindex.errors import IndexRefused, SlotLost
 from kvindex.redis_connection import Connection
@@ -83,6 +84,12 @@ async def test_each_may_do_its_work(url):
         assert worker.charged_requests == 0
         assert await reader.holders(POOL, 101) == [slot]
         assert (await reader.match(POOL, [101, 102])).overlap_blocks == {slot: 2}
+        assert await reader.holders_of(POOL, [BlockHash(101)]) == {101: (slot,)}
+        assert (await reader.events(POOL, max_events=10))[-1].slot == slot
+        assert (await reader.removals(POOL, max_events=10))[-1].blocks == (100,)
+    assert (await inspector.entries(POOL, max_buckets=100)).holders.keys() == {*range(101, 1_100)}
+    assert (await inspector.memory(POOL)).num_entries == 999
+    assert await inspector.used_memory_bytes() > 0
     assert (await examine(config(url, "inspector"))).nodes
 
     writer.close_slot(POOL, slot, "one")

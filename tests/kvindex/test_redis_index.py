@@ -233,11 +233,11 @@ async def test_a_fleet_that_has_gone_leaves_two_small_keys_and_its_log_for_a_day
     assert client.ttl(log) == -1
 
 
-async def test_the_logs_stay_within_their_bounds(writer, reader, client, monkeypatch):
+async def test_the_logs_stay_within_their_bounds(config, reader, client, monkeypatch):
     monkeypatch.setattr("kvindex.keys.LOG_EVENTS", 100)
     monkeypatch.setattr("kvindex.keys.LOG_REMOVALS", 100)
     redis_index._script.cache_clear()
-    small = RedisIndexWriter(IndexConfig(redis_url=writer._url))
+    small = RedisIndexWriter(config)
     redis_index._script.cache_clear()
     fleet = Fleet(small, 1)
     for number in range(1_000):
