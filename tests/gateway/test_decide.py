@@ -3,6 +3,7 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import json
+import re
 from collections import Counter
 
 import pytest
@@ -573,7 +574,8 @@ async def test_a_record_of_an_unknown_decision_is_ignored(bench):
 async def test_receipts_hold_no_prompt(bench):
     await bench.join("a:1")
     decision = await bench.decide()
-    assert "1399" not in json.dumps(bench.receipt(decision).view())
+    # As a number of its own: the digits of a time may hold it by chance.
+    assert not re.search(r"(?<![\w.])1399(?![\w.])", json.dumps(bench.receipt(decision).view()))
 
 
 async def test_a_new_worker_is_known_at_its_first_match(bench):
