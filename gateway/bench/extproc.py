@@ -31,6 +31,8 @@ NUM_WARM_CONVERSATIONS = 4
 NUM_CLIENTS = 16
 NUM_ROUNDS = 3
 ROUND_S = 4.0
+MIN_ROUND_S = 0.5
+"""A process's CPU time is counted in steps of 10 ms."""
 TOKENIZER_TIMEOUT_S = 60.0
 
 
@@ -79,7 +81,7 @@ def run(tokenizer: Path, *, scale: float, console: Console) -> list[Figure]:
             figures += _added(case, samples)
         description = "2kb: as many as possible"
         rounds = progress.track(range(NUM_ROUNDS), description=description)
-        figures.append(_rps_per_core(stack, rounds, ROUND_S * min(scale, 1), draw))
+        figures.append(_rps_per_core(stack, rounds, max(MIN_ROUND_S, ROUND_S * min(scale, 1)), draw))
     figures.append(Figure("extproc.fallbacks", fallbacks, "requests", "<= 0"))
     return figures
 

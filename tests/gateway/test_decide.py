@@ -104,7 +104,8 @@ class Bench:
         self.memory = MemoryIndex()
         self.index = ScriptedIndex(self.memory)
         self.writer = MemoryIndexWriter(self.memory)
-        self.config = GatewayConfig(**({"index_deadline_ms": 2_000, "prefill_tokens_per_s": 1000} | options))
+        patience = {"index_deadline_ms": 2_000, "tokenize_deadline_ms": 2_000}
+        self.config = GatewayConfig(**(patience | {"prefill_tokens_per_s": 1000} | options))
         self.fleet = Fleet(self.config, self.index, client)
         self.reader = ScriptedReader(self.fleet)
         self.receipts = Receipts(100)
