@@ -3,7 +3,7 @@
 `pytest --hypothesis-profile long` searches for minutes.
 """
 
-from hypothesis import settings
+from hypothesis import HealthCheck, settings
 
 from tests.support.redis_server import (
     cluster_url,
@@ -27,7 +27,7 @@ __all__ = [
     "valkey_url",
 ]
 
-# No deadline: how long one example takes says nothing on a busy machine.
-settings.register_profile("short", deadline=None)
-settings.register_profile("long", deadline=None, max_examples=2_000)
+# How long an example takes, to run or to make, says nothing on a busy machine.
+settings.register_profile("short", deadline=None, suppress_health_check=[HealthCheck.too_slow])
+settings.register_profile("long", settings.get_profile("short"), max_examples=2_000)
 settings.load_profile("short")
