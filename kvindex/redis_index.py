@@ -1,7 +1,8 @@
 """The index in Redis: one Lua script for each operation, so that each is atomic and one round trip.
 
 Works on Redis 6.2 and later and on Valkey. The layout is described in `kvindex/keys.py`, the
-algorithms in `kvindex/scripts/`, how the servers are reached in `kvindex/redis_connection.py`.
+algorithms in `kvindex/scripts/`, how the servers are reached in `kvindex/redis_connection.py`; what they
+answer is read in `kvindex/redis_answers.py`.
 """
 
 from __future__ import annotations
@@ -9,33 +10,35 @@ from __future__ import annotations
 import asyncio
 import functools
 import importlib.resources
-import math
 import re
 import time
-from collections.abc import Iterator, Sequence
-from itertools import pairwise
-from typing import Any, NamedTuple
+from collections.abc import Sequence
+from typing import Any
 
 import msgspec
 
-from kvindex.blocks import HASH_BYTES, BlockHash, Pool, pack_hashes, unpack_hashes
+from kvindex.blocks import BlockHash, Pool, pack_hashes, unpack_hashes
 from kvindex.config import IndexConfig
 from kvindex.errors import SlotLost, WorkerConflict
 from kvindex.history import EventKind, Opening, PoolEvent, Removal
 from kvindex.index import FIRST_OPENING, MAX_PROBES
 from kvindex.keys import (
-    FLEET_HEAD,
-    LIVE_ROW,
     LOAD,
     POOLS,
-    RESERVATION,
-    SLOT,
-    STEP,
     bucket_key,
     directory,
     log_key,
     lua_names,
     removals_key,
+)
+from kvindex.redis_answers import (
+    Fleet,
+    read_digest,
+    read_overlaps,
+    read_set,
+    read_time_ms,
+    slot_state,
+    slots_of,
 )
 from kvindex.redis_connection import AsyncConnection, Connection, Reply, Script
 from kvindex.redis_memory import PoolMemory, measure
@@ -49,11 +52,9 @@ from kvindex.worker import (
     SlotPart,
     SlotState,
     Worker,
-    WorkerState,
 )
 
 _SCRIPTS = importlib.resources.files("kvindex") / "scripts"
-
 
 _WORKERS_PER_CALL = 250
 """One to two milliseconds of Redis."""
@@ -127,7 +128,7 @@ class RedisIndexWriter:
         """Keys that move to another node one by one are not of one moment: what they say is not trusted."""
         if self._redis.home(directory(pool)) != self._homes.get(pool):
             raise SlotLost(f"the pool of slot {slot} has moved to another node of the cluster")
-        return _slot_state(slot, reply)
+        return slot_state(slot, reply)
 
     def apply(self, pool: Pool, slot: int, incarnation: str, batch: Batch) -> SlotState:
         """See `IndexWriter`."""
@@ -207,7 +208,7 @@ class RedisIndexReader:
                 lease_ms=row.lease_ms,
                 lease_left_ms=int(row.expires_ms - fleet.now_ms),
                 num_indexed_blocks=num_blocks,
-                digest=f"{_read_digest(digest):016x}",
+                digest=f"{read_digest(digest):016x}",
                 load=row.state.load,
                 charged_tokens=row.state.charged_tokens,
                 charged_requests=row.state.charged_requests,
@@ -217,7 +218,7 @@ class RedisIndexReader:
         ]
         return fleet.version, workers
 
-    async def _describe(self, pool: Pool) -> tuple[list[Any], _Fleet]:
+    async def _describe(self, pool: Pool) -> tuple[list[Any], Fleet]:
         """Return what is known of every worker, in short calls and as of one registry version."""
         described: list[Any] = []
         first, version, restarts = 0, None, 0
@@ -225,7 +226,7 @@ class RedisIndexReader:
             # A registry that changes all the time is read in one call in the end.
             size = _WORKERS_PER_CALL if restarts < _RESTARTS else _ALL_WORKERS
             num_workers, part, *packed = await self._run("workers", pool, first, size)
-            fleet = _Fleet(*packed)
+            fleet = Fleet(*packed)
             if first and fleet.counter != version:
                 described, first, restarts = [], 0, restarts + 1
                 continue
@@ -246,12 +247,12 @@ class RedisIndexReader:
         if len(hashes) % stride:
             probes.append(hashes[-1])
         steps, *packed = await self._run("match", pool, pack_hashes(probes))
-        fleet = _Fleet(*packed)
+        fleet = Fleet(*packed)
         return Match(
             states=fleet.states,
             overlap_blocks={
                 slot: held * stride if held < len(probes) else len(hashes)
-                for slot, held in _read_overlaps(steps)
+                for slot, held in read_overlaps(steps)
                 if slot in fleet.rows
             },
             stride=stride,
@@ -273,7 +274,7 @@ class RedisIndexReader:
         reply = await self._run("reserve", pool, decision_id, slot, prefill_tokens, seen_tokens, ttl_ms)
         if isinstance(reply, int):
             return Reservation(charged=True)
-        return Reservation(charged=False, states=_Fleet(*reply).states)
+        return Reservation(charged=False, states=Fleet(*reply).states)
 
     async def settle(self, pool: Pool, decision_id: str) -> bool:
         """See `IndexReader`."""
@@ -289,16 +290,16 @@ class RedisIndexReader:
         for at in range(0, len(blocks), MAX_PROBES):
             asked = blocks[at : at + MAX_PROBES]
             sets, *packed = await self._run("holders", pool, pack_hashes(asked))
-            live = _Fleet(*packed).rows
+            live = Fleet(*packed).rows
             for block, slots in zip(asked, sets, strict=True):
-                holders[block] = tuple(slot for slot in _slots_of(_read_set(slots)) if slot in live)
+                holders[block] = tuple(slot for slot in slots_of(read_set(slots)) if slot in live)
         return holders
 
     async def entries(self, pool: Pool, *, first_bucket: int = 0, max_buckets: int = 64) -> Entries:
         """See `IndexReader`. A bucket has about 64 entries and is read by one of Redis's own commands."""
         stop = first_bucket + max_buckets
         _, *packed = await self._run("match", pool, b"")
-        fleet = _Fleet(*packed)
+        fleet = Fleet(*packed)
         # In ascending order, and then their number: what a split moves meanwhile is seen twice, not missed.
         keys = [bucket_key(pool, bucket) for bucket in range(first_bucket, stop)]
         buckets = [await self._redis.call("HGETALL", key) for key in keys]
@@ -308,7 +309,7 @@ class RedisIndexReader:
                 BlockHash(int.from_bytes(block, "little")): alive
                 for bucket in buckets
                 for block, slots in bucket.items()
-                if (alive := tuple(slot for slot in _slots_of(_read_set(slots)) if slot in fleet.rows))
+                if (alive := tuple(slot for slot in slots_of(read_set(slots)) if slot in fleet.rows))
             },
             next_bucket=stop if stop < num_buckets else None,
             num_buckets=num_buckets,
@@ -323,7 +324,7 @@ class RedisIndexReader:
         return [
             PoolEvent(
                 event_id=event_id,
-                at_ms=_at_ms(event_id),
+                at_ms=read_time_ms(event_id),
                 kind=EventKind(fields[b"kind"].decode()),
                 slot=int(fields[b"slot"]),
                 worker_id=fields[b"worker"].decode(),
@@ -338,7 +339,7 @@ class RedisIndexReader:
         return [
             Removal(
                 event_id=event_id,
-                at_ms=_at_ms(event_id),
+                at_ms=read_time_ms(event_id),
                 slot=int(fields[b"slot"]),
                 incarnation=fields[b"incarnation"].decode(),
                 blocks=tuple(unpack_hashes(fields[b"blocks"])),
@@ -372,125 +373,3 @@ class RedisIndexReader:
     async def close(self) -> None:
         """See `IndexReader`."""
         await self._redis.close()
-
-
-class _Row(NamedTuple):
-    expires_ms: float
-    lease_ms: int
-    epoch: int
-    state: WorkerState
-
-
-class _Rows(NamedTuple):
-    """Of all slots that are not fenced."""
-
-    by_slot: dict[int, _Row]
-    states: tuple[WorkerState, ...]
-    first_expiry_ms: float
-
-
-@functools.lru_cache(maxsize=4096)
-def _read_row(slot: int, packed: bytes) -> _Row:
-    """Most rows are the same as in the answer before."""
-    expires_ms, lease_ms, epoch, tokens, requests, *load = LIVE_ROW.unpack(packed)
-    state = WorkerState(
-        slot=slot,
-        load=Load(**dict(zip(Load.__struct_fields__, load, strict=True))),
-        charged_tokens=tokens,
-        charged_requests=requests,
-    )
-    return _Row(expires_ms, lease_ms, epoch, state)
-
-
-@functools.lru_cache(maxsize=64)
-def _read_rows(packed: bytes) -> _Rows:
-    """Many answers in a row are about the same fleet in the same state."""
-    by_slot = {}
-    for slot, at in enumerate(range(0, len(packed), LIVE_ROW.size)):
-        row = _read_row(slot, packed[at : at + LIVE_ROW.size])
-        if row.epoch:
-            by_slot[slot] = row
-    return _Rows(
-        by_slot,
-        tuple([row.state for row in by_slot.values()]),
-        min((row.expires_ms for row in by_slot.values()), default=math.inf),
-    )
-
-
-class _Fleet:
-    """The live workers in an answer, by slot in ascending order."""
-
-    def __init__(self, head: bytes, packed: bytes, expired: bytes) -> None:
-        self.now_ms, self.counter = FLEET_HEAD.unpack(head)
-        rows = _read_rows(packed)
-        self.rows = rows.by_slot
-        self.states = rows.states
-        lapsed: list[int] = []
-        if rows.first_expiry_ms <= self.now_ms or expired:
-            lapsed = [slot for slot, row in self.rows.items() if row.expires_ms <= self.now_ms]
-            self.rows = {slot: row for slot, row in self.rows.items() if row.expires_ms > self.now_ms}
-            for slot, epoch, tokens in RESERVATION.iter_unpack(expired):
-                if slot in self.rows and self.rows[slot].epoch == epoch:
-                    self._discharge(slot, tokens)
-            self.states = tuple([row.state for row in self.rows.values()])
-        # The counter tells of slots opened and fenced; a lease that ends is no write, so it is added here.
-        self.version = hash((self.counter, *lapsed))
-
-    def _discharge(self, slot: int, tokens: int) -> None:
-        row = self.rows[slot]
-        state = msgspec.structs.replace(
-            row.state,
-            charged_tokens=row.state.charged_tokens - tokens,
-            charged_requests=row.state.charged_requests - 1,
-        )
-        self.rows[slot] = row._replace(state=state)
-
-
-def _read_overlaps(packed: bytes) -> Iterator[tuple[int, int]]:
-    """Yield each slot that holds the first probe, with the number of leading probes that it holds."""
-    going_on = -1
-    for (num_probes, holders), (_, following) in pairwise((*_read_steps(packed), (0, 0))):
-        going_on &= holders
-        for slot in _slots_of(going_on & ~following):
-            yield slot, num_probes
-
-
-def _read_steps(packed: bytes) -> Iterator[tuple[int, int]]:
-    at = 0
-    while at < len(packed):
-        num_probes, num_bytes = STEP.unpack_from(packed, at)
-        at += STEP.size + num_bytes
-        yield num_probes, _read_set(packed[at - num_bytes : at])
-
-
-@functools.lru_cache(maxsize=4096)
-def _read_set(packed: bytes) -> int:
-    """Return a set of slots as a bitmap; `prelude.lua` tells its two forms."""
-    if len(packed) % 2:
-        return int.from_bytes(packed, "little")
-    return sum(1 << slot for (slot,) in SLOT.iter_unpack(packed))
-
-
-@functools.lru_cache(maxsize=4096)
-def _slots_of(bitmap: int) -> tuple[int, ...]:
-    slots = []
-    while bitmap:
-        lowest = bitmap & -bitmap
-        slots.append(lowest.bit_length() - 1)
-        bitmap ^= lowest
-    return tuple(slots)
-
-
-def _slot_state(slot: int, reply: list[Any] | None) -> SlotState:
-    if reply is None:
-        raise SlotLost(f"slot {slot} is fenced, unknown, or misses a batch")
-    num_blocks, digest = reply
-    return SlotState(num_blocks=num_blocks, digest=_read_digest(digest))
-
-
-def _at_ms(event_id: str) -> int:
-    return int(event_id.partition("-")[0])
-
-
-def _read_digest(packed: bytes) -> int:
-    return int.from_bytes(packed[:HASH_BYTES], "little")
