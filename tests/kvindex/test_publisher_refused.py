@@ -4,7 +4,7 @@ from contextlib import closing
 
 import structlog
 
-from tests.support.answered_publisher import Published
+from tests.support.publishing import Impatient
 from tests.support.redis_topology import server
 from tests.support.scripted_engine import prompt, removal
 from tests.support.waiting import eventually
@@ -12,7 +12,7 @@ from tests.support.waiting import eventually
 
 async def test_a_full_redis_keeps_the_worker_and_gets_the_rest_when_it_has_room():
     event, hashes = prompt(1, 2, 3, 4)
-    with server() as engine, closing(Published(engine.url)) as published, engine.client() as client:
+    with server() as engine, closing(Impatient(engine.url)) as published, engine.client() as client:
         published.source.put(event)
         await eventually(lambda: published.holds(hashes))
         client.config_set("maxmemory", 1)
@@ -37,7 +37,7 @@ async def test_a_password_may_be_changed_under_a_publisher():
     event, hashes = prompt(1, 2, 3, 4)
     with server() as engine, engine.client() as client:
         client.execute_command("ACL", "SETUSER", "engine", "on", ">pw", "~*", "+@all")
-        with closing(Published(engine.url.replace("://", "://engine:pw@"))) as published:
+        with closing(Impatient(engine.url.replace("://", "://engine:pw@"))) as published:
             published.source.put(event)
             await eventually(lambda: published.holds(hashes))
             with structlog.testing.capture_logs() as logs:

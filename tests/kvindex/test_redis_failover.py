@@ -13,7 +13,7 @@ from kvindex.errors import IndexUnavailable
 from kvindex.keys import directory
 from kvindex.redis_health import examine
 from kvindex.worker import SlotState
-from tests.support.answered_publisher import Published, expected_state
+from tests.support.publishing import Impatient, state_of
 from tests.support.redis_server import valkey_binary
 from tests.support.redis_topology import cluster, sentinels, wait_until
 from tests.support.scripted_engine import make_worker, prompt
@@ -26,7 +26,7 @@ ENGINES = {"redis": lambda: None, "valkey": valkey_binary}
 class Following:
     """A reader that goes on asking, and notes what it is told."""
 
-    def __init__(self, published: Published) -> None:
+    def __init__(self, published: Impatient) -> None:
         self._published = published
         self.num_answers = 0
         self.errors: list[IndexUnavailable] = []
@@ -50,7 +50,7 @@ class Following:
 
 @contextlib.asynccontextmanager
 async def publishing(url: str):
-    with closing(Published(url)) as published:
+    with closing(Impatient(url)) as published:
         following = Following(published)
         try:
             yield published, following
@@ -63,7 +63,7 @@ async def publishing(url: str):
 async def test_a_master_that_dies_is_replaced_and_what_its_replica_lacked_is_sent_again(engine):
     first, hashes = prompt(1, 2, 3, 4)
     lost, lost_hashes = prompt(5, 6)
-    whole = expected_state([*hashes, *lost_hashes])
+    whole = state_of([*hashes, *lost_hashes])
     with sentinels(ENGINES[engine]()) as servers:
         async with publishing(servers.url) as (published, following):
             published.source.put(first)

@@ -6,8 +6,11 @@ from collections.abc import Collection, Iterable
 from functools import reduce
 from operator import xor
 
+from prometheus_client import REGISTRY
+
 from kvindex.blocks import Pool
-from kvindex.config import IndexConfig, PublisherConfig
+from kvindex.config import IndexConfig, PublisherConfig, index_config
+from kvindex.errors import IndexUnavailable, KvIndexError
 from kvindex.publisher import LoadReport, Publisher
 from kvindex.redis_index import RedisIndexReader, RedisIndexWriter
 from kvindex.worker import Load, SlotPart, SlotState, Worker
@@ -17,12 +20,13 @@ PATIENT_S = 10.0
 
 
 class CountingWriter(RedisIndexWriter):
-    """Counts what a publisher does."""
+    """Counts what a publisher does, and notes what each heartbeat was answered: the state, or the error."""
 
     def __init__(self, config: PublisherConfig) -> None:
         super().__init__(config)
         self.num_opened = 0
         self.opened_at: list[tuple[int, int]] = []  # heartbeats and audits before each slot
+        self.answers: list[SlotState | KvIndexError] = []
         self.num_heartbeats = 0
         self.num_audits = 0
 
@@ -33,7 +37,12 @@ class CountingWriter(RedisIndexWriter):
         return slot
 
     def heartbeat(self, *args: object, **options: object) -> SlotState:
-        state = super().heartbeat(*args, **options)  # type: ignore[arg-type]
+        try:
+            state = super().heartbeat(*args, **options)  # type: ignore[arg-type]
+        except KvIndexError as error:
+            self.answers.append(error)
+            raise
+        self.answers.append(state)
         self.num_heartbeats += 1
         return state
 
@@ -54,15 +63,47 @@ class Published:
 
     def __init__(self, url: str, endpoint: str = "127.0.0.1:8000", **options: float) -> None:
         known = {"redis_url": url, "lease_ms": 2_000, "heartbeat_ms": 100, "redis_timeout_s": PATIENT_S}
-        config = PublisherConfig(**(known | options))
+        self.config = PublisherConfig(**(known | options))
         self.worker = make_worker(endpoint)
         self.source = ScriptedSource()
-        self.writer = CountingWriter(config)
-        self.publisher = Publisher(self.worker, config, self.writer, self.source, lambda: LoadReport(Load()))
+        self.writer = CountingWriter(self.config)
+        self.publisher = Publisher(
+            self.worker, self.config, self.writer, self.source, lambda: LoadReport(Load())
+        )
         self.publisher.start()
 
     def close(self) -> None:
         self.publisher.stop()
+
+
+class Impatient(Published):
+    """One whose Redis is away at times: neither the publisher nor a question waits long for it."""
+
+    def __init__(self, url: str) -> None:
+        super().__init__(url, lease_ms=1_000, redis_timeout_s=0.3)
+        self.reader = RedisIndexReader(index_config(url))
+
+    @property
+    def num_unwritten(self) -> int:
+        """How many changes the publisher keeps for the index."""
+        label = {"worker": self.worker.worker_id}
+        return int(REGISTRY.get_sample_value("kvlane_publisher_unwritten_changes", label) or 0)
+
+    async def holds(self, blocks: Collection[int]) -> bool:
+        """Whether the index holds exactly this; not while it does not answer."""
+        try:
+            _, workers = await self.reader.workers(self.worker.pool)
+        except IndexUnavailable:
+            return False
+        return [(each.num_indexed_blocks, each.digest) for each in workers] == [summary(blocks)]
+
+    async def holds_each(self, blocks: Collection[int]) -> bool:
+        """Whether every block is found as well: counts and digests are kept apart from the blocks."""
+        try:
+            holders = [await self.reader.holders(self.worker.pool, block) for block in blocks]
+        except IndexUnavailable:
+            return False
+        return all(len(each) == 1 for each in holders) and await self.holds(blocks)
 
 
 async def slots_of(url: str, pool: Pool) -> dict[str, int]:
@@ -100,5 +141,11 @@ async def index_is(url: str, pool: Pool, expected: dict[str, Collection[int]]) -
 
 def summary(blocks: Iterable[int]) -> tuple[int, str]:
     """Return count and digest as the index lists them."""
+    state = state_of(blocks)
+    return state.num_blocks, f"{state.digest:016x}"
+
+
+def state_of(blocks: Iterable[int]) -> SlotState:
+    """Return what a slot with these blocks answers."""
     distinct = set(blocks)
-    return len(distinct), f"{reduce(xor, distinct, 0):016x}"
+    return SlotState(num_blocks=len(distinct), digest=reduce(xor, distinct, 0))
