@@ -104,8 +104,10 @@ def drain(source: ZmqEventSource, num_events: int) -> list[object]:
     """Return the next `num_events` events as numbers."""
     seen: list[object] = []
     while len(seen) < num_events:
-        events = source.poll(PATIENCE_S)
-        assert events, f"nothing came after {seen}"
+        # A poll may end early with nothing: what came was no event.
+        deadline_s = time.monotonic() + PATIENCE_S
+        while not (events := source.poll(PATIENCE_S)):
+            assert time.monotonic() < deadline_s, f"nothing came after {seen}"
         seen += numbers(events)
     return seen
 
