@@ -90,6 +90,12 @@ class KvRouter:
         """Wait until every finished request is settled."""
         await self._calls.finished()
 
+    def admit(self, _: HttpRequest) -> None:
+        """See `Router`. A body for which there is no worker is not worth reading."""
+        if not self._fleet.addresses:
+            metrics.REJECTED.labels(503).inc()
+            raise self._no_worker("No worker is live.")
+
     async def decide(self, request: HttpRequest) -> Decision:
         """See `Router`."""
         request_id = request.headers.get("x-request-id") or secrets.token_hex(8)
@@ -270,7 +276,12 @@ class KvRouter:
         self._receipts.add(receipt)
         self._requests[chosen.worker_id] += 1
         self._in_flight[decision_id] = _InFlight(receipt, chosen, charge)
-        return Decision(decision_id, receipt.destinations, request_headers, response_headers)
+        return Decision(
+            decision_id,
+            receipt.destinations,
+            request_headers=request_headers,
+            response_headers=response_headers,
+        )
 
     def _learn(self, choice: Choice, ttft_ms: float) -> None:
         late_ms = ttft_ms - choice.terms.ttft_ms

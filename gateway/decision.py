@@ -28,6 +28,10 @@ class Decision:
     destinations: tuple[str, ...]
     request_headers: Mapping[str, str] = field(default_factory=dict)
     """Headers to set on the way to the engine."""
+    removed_headers: tuple[str, ...] = ()
+    """Headers that the engine must not see, such as the client's credentials."""
+    body: bytes | None = None
+    """What the engine gets in place of the client's body; None: the client's bytes, untouched."""
     response_headers: Mapping[str, str] = field(default_factory=dict)
     """Headers to add to the client's answer: worker, matched tokens, decision id, fallback reason."""
 
@@ -58,6 +62,13 @@ class Served:
 
 class Router(Protocol):
     """The brain behind the servers; safe for any number of concurrent requests on one event loop."""
+
+    def admit(self, head: HttpRequest, /) -> None:
+        """Let a request go on to its body, which `head` is without.
+
+        Raises:
+            RequestError: whatever its body, the request cannot be served.
+        """
 
     async def decide(self, request: HttpRequest) -> Decision:
         """Choose a worker and charge it.

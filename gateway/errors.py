@@ -7,6 +7,7 @@ KvlaneError
    |- BenchFailed          a bench cannot be run here, or was not answered as its figures need it
    |- ModelNotServed       a worker does not serve a model under its name
    |- Unverified           a worker cannot be checked now: nothing is known to be wrong with it
+   |- ProtocolViolation    the proxy sends what the ext_proc protocol or our use of it does not allow
    |- RequestError         the client's request cannot be served; carries the OpenAI answer
    `- TokenizerError       a model's tokenizer or chat template cannot be used here
 """
@@ -46,6 +47,10 @@ class Unverified(GatewayError):
     def __init__(self, reason: Reason, message: str) -> None:
         super().__init__(message)
         self.reason = reason
+
+
+class ProtocolViolation(GatewayError):
+    """An ext_proc stream breaks the protocol, or is configured so that no pick can be made."""
 
 
 class TokenizerError(GatewayError):

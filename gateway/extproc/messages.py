@@ -6,7 +6,8 @@ Source: Gateway API Inference Extension, proposal 004 (endpoint picker protocol)
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
+from typing import NamedTuple
 
 from google.protobuf.struct_pb2 import Struct, Value
 
@@ -29,8 +30,15 @@ REFUSAL_DETAILS = "kvlane_refused"
 CHUNK_BYTES = 64 << 10
 """Largest body chunk that Envoy should be sent back."""
 
-Pick = tuple[wire.CommonResponse, Struct | None]
-"""What changes about a request, and the dynamic metadata that routes it."""
+
+class Pick(NamedTuple):
+    """What changes about a request, and the dynamic metadata that routes it."""
+
+    change: wire.CommonResponse
+    metadata: Struct | None = None
+    body: bytes | None = None
+    """In place of the client's; None: as it came."""
+
 
 _OVERWRITE = core.HeaderValueOption.OVERWRITE_IF_EXISTS_OR_ADD
 
@@ -65,27 +73,30 @@ def http_request(headers: dict[str, str], body: bytes, candidates: frozenset[str
     )
 
 
-def header_mutation(headers: Mapping[str, str]) -> wire.HeaderMutation:
-    """Return the mutation that sets these headers and removes what stood in their place."""
+def header_mutation(headers: Mapping[str, str], remove: Iterable[str] = ()) -> wire.HeaderMutation:
+    """Return the mutation that sets these headers in place of what stood there, and removes others."""
     return wire.HeaderMutation(
+        remove_headers=remove,
         set_headers=[
             core.HeaderValueOption(
                 header=core.HeaderValue(key=key, raw_value=value.encode("latin-1", "replace")),
                 append_action=_OVERWRITE,
             )
             for key, value in headers.items()
-        ]
+        ],
     )
 
 
 def pick(decision: Decision) -> Pick:
     """Return the decision as a change of the request and as dynamic metadata."""
     destinations = ",".join(decision.destinations)
-    change = wire.CommonResponse(
-        header_mutation=header_mutation({PICK_KEY: destinations, **decision.request_headers})
-    )
+    headers = {PICK_KEY: destinations, **decision.request_headers}
+    if decision.body is not None:
+        headers["content-length"] = str(len(decision.body))
+    change = wire.CommonResponse(header_mutation=header_mutation(headers, decision.removed_headers))
     picked = Struct(fields={PICK_KEY: Value(string_value=destinations)})
-    return change, Struct(fields={PICK_NAMESPACE: Value(struct_value=picked)})
+    metadata = Struct(fields={PICK_NAMESPACE: Value(struct_value=picked)})
+    return Pick(change, metadata, decision.body)
 
 
 def refusal(error: RequestError) -> wire.ProcessingResponse:

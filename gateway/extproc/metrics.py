@@ -9,6 +9,10 @@ REQUESTS = Counter(
     "HTTP requests by outcome: routed, refused, or failed (a defect of ours; Envoy chose the worker).",
     ["outcome"],
 )
+VIOLATIONS = Counter(
+    "kvlane_gateway_extproc_violations_total",
+    "Streams refused because the proxy broke the protocol, or is configured so that no pick can be made.",
+)
 HANDLING_SECONDS = Histogram(
     "kvlane_gateway_extproc_handling_seconds",
     "From the whole request to the answer.",

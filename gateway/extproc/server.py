@@ -5,11 +5,15 @@ from __future__ import annotations
 import asyncio
 
 import grpc
+import structlog
 
 from gateway.decision import Router
-from gateway.extproc.metrics import OPEN_STREAMS
+from gateway.errors import ProtocolViolation
+from gateway.extproc.metrics import OPEN_STREAMS, VIOLATIONS
 from gateway.extproc.session import Session
 from gateway.protos import ext_proc_pb2 as wire
+
+log = structlog.get_logger(__name__)
 
 
 class ExtProcService:
@@ -43,6 +47,10 @@ class ExtProcService:
             while (message := await context.read()) is not grpc.aio.EOF:
                 for response in await session.answer(message):
                     await context.write(response)
+        except ProtocolViolation as error:
+            VIOLATIONS.inc()
+            log.warning("ext_proc stream refused", reason=str(error))
+            await context.abort(grpc.StatusCode.INVALID_ARGUMENT, str(error))
         finally:
             OPEN_STREAMS.dec()
             # Envoy half-closes and then resets: a reset must not cancel the settlement.

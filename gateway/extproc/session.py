@@ -2,14 +2,15 @@
 
 from __future__ import annotations
 
+import enum
 import time
 from collections.abc import Iterable, Iterator
 from itertools import chain
 
 import structlog
 
-from gateway.decision import Decision, End, Router
-from gateway.errors import RequestError
+from gateway.decision import Decision, End, HttpRequest, Router
+from gateway.errors import ProtocolViolation, RequestError
 from gateway.extproc import messages
 from gateway.extproc.messages import Pick
 from gateway.extproc.metrics import HANDLING_SECONDS, REQUESTS
@@ -34,20 +35,37 @@ DEFECTS = (
 )
 
 _ROUTED, _REFUSED, _FAILED = map(REQUESTS.labels, ("routed", "refused", "failed"))
-_NO_PICK: Pick = (wire.CommonResponse(), None)
+_NO_PICK = Pick(wire.CommonResponse())
+_CONTINUE_HEADERS = (wire.ProcessingResponse(request_headers=wire.HeadersResponse()),)
+_CONTINUE_BODY = (wire.ProcessingResponse(request_body=wire.BodyResponse()),)
+_CONTINUE_TRAILERS = (wire.ProcessingResponse(request_trailers=wire.TrailersResponse()),)
+_CONTINUE_RESPONSE_TRAILERS = (wire.ProcessingResponse(response_trailers=wire.TrailersResponse()),)
+
+_READ_MODES = (wire.BUFFERED, wire.STREAMED, wire.FULL_DUPLEX_STREAMED)
+
+
+class _Stage(enum.Enum):
+    """How far the request has been told."""
+
+    HEADERS = enum.auto()
+    BODY = enum.auto()
+    WHOLE = enum.auto()
+    """And decided, or refused."""
 
 
 class Session:
     """Answers the messages of one ext_proc stream, which is one HTTP request.
 
-    The request is decided once it is whole. BUFFERED bodies come in one message, and every message
-    gets one answer. FULL_DUPLEX_STREAMED bodies come in chunks; nothing is answered before the
-    decision, and the body is sent back then. `finish` must be called at the end, whatever happened.
+    The router admits the request at its headers and decides once it is whole. BUFFERED bodies come in
+    one message, and every message gets one answer. FULL_DUPLEX_STREAMED bodies come in chunks; nothing
+    is answered before the decision, and the body is sent back then. `finish` must be called at the end,
+    whatever happened.
     """
 
     def __init__(self, router: Router, *, max_body_bytes: int) -> None:
         self._router = router
         self._max_body_bytes = max_body_bytes
+        self._stage = _Stage.HEADERS
         self._decision: Decision | None = None
         self._headers: dict[str, str] = {}
         self._candidates: frozenset[str] | None = None
@@ -58,8 +76,12 @@ class Session:
         self._response_ended = False
 
     async def answer(self, message: wire.ProcessingRequest) -> Iterable[wire.ProcessingResponse]:
-        """Return the answers to `message`, in order; after a refusal nothing else will be asked."""
-        answers: Iterable[wire.ProcessingResponse] = ()
+        """Return the answers to `message`, in order; after a refusal nothing else will be asked.
+
+        Raises:
+            ProtocolViolation: the message has no place here.
+        """
+        answers: Iterable[wire.ProcessingResponse]
         try:
             match message.WhichOneof("request"):
                 case "request_headers":
@@ -74,8 +96,11 @@ class Session:
                     answers = self._response_body(message.response_body)
                 case "response_trailers":
                     self._response_ended = True
-                    answers = (wire.ProcessingResponse(response_trailers=wire.TrailersResponse()),)
+                    answers = _CONTINUE_RESPONSE_TRAILERS
+                case unknown:
+                    raise ProtocolViolation(f"an ext_proc message of kind {unknown}")
         except RequestError as error:
+            self._stage = _Stage.WHOLE
             _REFUSED.inc()
             answers = (messages.refusal(error),)
         return answers
@@ -91,17 +116,24 @@ class Session:
         return self._request_mode == wire.FULL_DUPLEX_STREAMED
 
     async def _request_headers(self, message: wire.ProcessingRequest) -> Iterable[wire.ProcessingResponse]:
+        self._expect(_Stage.HEADERS, "request headers")
+        self._stage = _Stage.BODY
         self._headers = messages.read_headers(message.request_headers)
         self._candidates = messages.read_subset(message)
         self._request_mode = message.protocol_config.request_body_mode
         self._response_mode = message.protocol_config.response_body_mode
+        self._router.admit(self._request())
         if message.request_headers.end_of_stream:
             return (_headers_answer(await self._decide()),)
-        if self._is_duplex:
-            return ()
-        return (wire.ProcessingResponse(request_headers=wire.HeadersResponse()),)
+        if self._request_mode not in _READ_MODES:
+            mode = wire.BodySendMode.Name(self._request_mode)
+            raise ProtocolViolation(
+                f"request_body_mode {mode}: whole bodies are needed, set BUFFERED or FULL_DUPLEX_STREAMED"
+            )
+        return () if self._is_duplex else _CONTINUE_HEADERS
 
     async def _request_body(self, message: wire.HttpBody) -> Iterable[wire.ProcessingResponse]:
+        self._expect(_Stage.BODY, "a request body")
         self._num_body_bytes += len(message.body)
         if self._num_body_bytes > self._max_body_bytes:
             raise RequestError(413, f"The request body is larger than {self._max_body_bytes} bytes.")
@@ -110,25 +142,20 @@ class Session:
             return self._duplex_answer(await self._decide()) if message.end_of_stream else ()
         # A buffered body is whole even where trailers follow and the stream has not ended.
         if message.end_of_stream or self._request_mode != wire.STREAMED:
-            change, metadata = await self._decide()
-            return (
-                wire.ProcessingResponse(
-                    request_body=wire.BodyResponse(response=change), dynamic_metadata=metadata
-                ),
-            )
-        return (wire.ProcessingResponse(request_body=wire.BodyResponse()),)
+            return (_body_answer(await self._decide()),)
+        return _CONTINUE_BODY
 
     async def _request_trailers(self) -> Iterable[wire.ProcessingResponse]:
-        trailers = wire.ProcessingResponse(request_trailers=wire.TrailersResponse())
         if not self._is_duplex:
-            return (trailers,)
-        return chain(self._duplex_answer(await self._decide(), trailers_follow=True), (trailers,))
+            return _CONTINUE_TRAILERS
+        self._expect(_Stage.BODY, "request trailers")
+        return chain(self._duplex_answer(await self._decide(), trailers_follow=True), _CONTINUE_TRAILERS)
 
     def _duplex_answer(
         self, pick: Pick, *, trailers_follow: bool = False
     ) -> Iterator[wire.ProcessingResponse]:
         yield _headers_answer(pick)
-        body = b"".join(self._chunks)
+        body = b"".join(self._chunks) if pick.body is None else pick.body
         self._chunks.clear()
         for change in messages.body_chunks(body, end_of_stream=not trailers_follow):
             yield wire.ProcessingResponse(request_body=wire.BodyResponse(response=change))
@@ -149,16 +176,23 @@ class Session:
         for change in changes:
             yield wire.ProcessingResponse(response_body=wire.BodyResponse(response=change))
 
-    async def _decide(self) -> Pick:
-        started_s = time.perf_counter()
+    def _expect(self, stage: _Stage, what: str) -> None:
+        if self._stage is not stage:
+            raise ProtocolViolation(f"{what} where the request is at {self._stage.name}")
+
+    def _request(self) -> HttpRequest:
         body = self._chunks[0] if len(self._chunks) == 1 else b"".join(self._chunks)
-        request = messages.http_request(self._headers, body, self._candidates)
+        return messages.http_request(self._headers, body, self._candidates)
+
+    async def _decide(self) -> Pick:
+        self._stage = _Stage.WHOLE
+        started_s = time.perf_counter()
         try:
-            self._decision = await self._router.decide(request)
+            self._decision = await self._router.decide(self._request())
         except RequestError:
             raise
         except DEFECTS:
-            log.exception("request passes without a pick", path=request.path)
+            log.exception("request passes without a pick", path=self._headers.get(":path"))
             _FAILED.inc()
             return _NO_PICK
         finally:
@@ -168,7 +202,14 @@ class Session:
 
 
 def _headers_answer(pick: Pick) -> wire.ProcessingResponse:
-    change, metadata = pick
     return wire.ProcessingResponse(
-        request_headers=wire.HeadersResponse(response=change), dynamic_metadata=metadata
+        request_headers=wire.HeadersResponse(response=pick.change), dynamic_metadata=pick.metadata
+    )
+
+
+def _body_answer(pick: Pick) -> wire.ProcessingResponse:
+    if pick.body is not None:
+        pick.change.body_mutation.body = pick.body
+    return wire.ProcessingResponse(
+        request_body=wire.BodyResponse(response=pick.change), dynamic_metadata=pick.metadata
     )

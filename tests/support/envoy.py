@@ -19,6 +19,7 @@ from gateway.config import GatewayConfig
 from gateway.decision import Decision, End, HttpRequest, Served
 from gateway.envoy import EnvoyOptions, bootstrap, to_yaml
 from gateway.envoy_services import serve_envoy
+from gateway.errors import RequestError
 from tests.support.ports import free_ports
 from tests.support.waiting import eventually
 
@@ -31,10 +32,17 @@ class ScriptedRouter:
 
     def __init__(self, destinations: tuple[str, ...] = ()) -> None:
         self.destinations = destinations
+        self.body: bytes | None = None
         self.script: Callable[[HttpRequest], Awaitable[None]] | None = None
+        self.refusal: RequestError | None = None
         self.requests: list[HttpRequest] = []
         self.finished: list[tuple[str, End]] = []
         self.served: list[Served] = []
+
+    def admit(self, head: HttpRequest) -> None:
+        assert head.body == b""
+        if self.refusal is not None:
+            raise self.refusal
 
     async def decide(self, request: HttpRequest) -> Decision:
         self.requests.append(request)
@@ -46,6 +54,8 @@ class ScriptedRouter:
             destinations=self.destinations,
             request_headers={"x-request-id": f"id-kv{decision_id}"},
             response_headers={"x-kvlane-decision": decision_id, "x-kvlane-worker": self.destinations[0]},
+            removed_headers=("authorization",),
+            body=self.body,
         )
 
     async def finish(self, decision_id: str, end: End) -> None:

@@ -3,7 +3,7 @@ import json
 import pytest
 
 from gateway.decision import End
-from gateway.errors import RequestError
+from gateway.errors import ProtocolViolation, RequestError
 from gateway.extproc.messages import CHUNK_BYTES, PICK_KEY
 from gateway.extproc.metrics import REQUESTS
 from gateway.extproc.session import Session
@@ -226,3 +226,55 @@ async def test_nothing_is_settled_before_the_decision(session, router):
     await answers(session, extproc.request_headers())
     await session.finish()
     assert router.finished == []
+
+
+@pytest.mark.parametrize("mode", [wire.BUFFERED, DUPLEX])
+async def test_router_may_change_the_body_and_take_headers_away(session, router, mode):
+    router.body = b"x" * (CHUNK_BYTES + 1)
+    found = await answers(session, extproc.request_headers(mode=mode), extproc.request_body(b"{}"))
+    if mode == DUPLEX:
+        head, *chunks = found
+        mutation = head.request_headers.response.header_mutation
+        sent = [chunk.request_body.response.body_mutation.streamed_response for chunk in chunks]
+        assert [len(part.body) for part in sent] == [CHUNK_BYTES, 1]
+    else:
+        change = found[-1].request_body.response
+        mutation = change.header_mutation
+        assert change.body_mutation.body == router.body
+    assert extproc.headers_set(mutation)["content-length"] == str(CHUNK_BYTES + 1)
+    assert list(mutation.remove_headers) == ["authorization"]
+
+
+@pytest.mark.parametrize("mode", [wire.BUFFERED, DUPLEX])
+async def test_request_that_is_not_admitted_is_refused_before_its_body(session, router, mode):
+    router.refusal = RequestError(401, "Who are you?", kind="AuthenticationError")
+    (answer,) = await answers(session, extproc.request_headers(mode=mode))
+    assert answer.immediate_response.status.code == 401
+    assert router.requests == []
+
+
+HEAD, DUPLEX_HEAD = extproc.request_headers(), extproc.request_headers(mode=DUPLEX)
+WHOLE, PART = extproc.request_body(b"{}"), extproc.request_body(b"{", end_of_stream=False)
+
+
+@pytest.mark.parametrize(
+    "sent",
+    [
+        [wire.ProcessingRequest()],
+        [WHOLE],
+        [HEAD, HEAD],
+        [HEAD, WHOLE, WHOLE],
+        [HEAD, PART, WHOLE],
+        [DUPLEX_HEAD, WHOLE, WHOLE],
+        [DUPLEX_HEAD, WHOLE, extproc.request_trailers()],
+        [extproc.request_headers(mode=wire.NONE)],
+        [extproc.request_headers(mode=wire.BUFFERED_PARTIAL)],
+    ],
+)
+async def test_messages_out_of_place_decide_nothing_twice(session, router, sent):
+    *placed, misplaced = sent
+    await answers(session, *placed)
+    with pytest.raises(ProtocolViolation):
+        await session.answer(misplaced)
+    await session.finish()
+    assert len(router.finished) == len(router.requests) <= 1

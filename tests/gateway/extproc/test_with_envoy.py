@@ -140,6 +140,33 @@ async def test_body_of_the_limit_passes_and_a_larger_one_is_413(tmp_path, change
         assert str(BODY_LIMIT) in response.json()["error"]["message"]
 
 
+@pytest.mark.parametrize("size", [0, 10, 300_000])
+async def test_router_may_change_the_body_and_take_headers_away(tmp_path, change, size):
+    worker = Worker()
+    async with stack(tmp_path, worker, change=change) as running, httpx.AsyncClient() as client:
+        running.router.body = b"y" * size
+        response = await client.post(
+            f"{running.url}/v1/completions", content=b"x" * 2000, headers={"authorization": "Bearer key"}
+        )
+        assert response.json()["bytes"] == size
+        assert await worker.requests[0].body() == running.router.body
+        assert "authorization" not in response.json()["headers"]
+        assert running.router.requests[0].headers["authorization"] == "Bearer key"
+
+
+async def test_request_that_is_not_admitted_ends_before_its_body(tmp_path, change):
+    async with stack(tmp_path, Worker(), change=change) as running:
+        running.router.refusal = RequestError(401, "Who are you?", kind="AuthenticationError")
+        host, port = running.url.removeprefix("http://").split(":")
+        reader, writer = await asyncio.open_connection(host, int(port))
+        writer.write(b"POST /v1/completions HTTP/1.1\r\nhost: x\r\ncontent-length: 100\r\n\r\n{")
+        async with asyncio.timeout(10):
+            answer = await reader.readuntil(b"}}")
+        assert answer.startswith(b"HTTP/1.1 401 Unauthorized")
+        assert b"Who are you?" in answer
+        writer.close()
+
+
 async def test_http2_client_with_a_large_body(tmp_path, change):
     body = bytes(range(256)) * (8 << 10)
     async with (
