@@ -99,7 +99,8 @@ class KvRouter:
     async def decide(self, request: HttpRequest) -> Decision:
         """See `Router`."""
         request_id = request.headers.get("x-request-id") or secrets.token_hex(8)
-        receipt = Receipt(decision_id=secrets.token_hex(8), request_id=request_id, path=request.path)
+        path = request.path.partition("?")[0]
+        receipt = Receipt(decision_id=secrets.token_hex(8), request_id=request_id, path=path)
         try:
             return await self._decide(request, receipt)
         except RequestError as error:

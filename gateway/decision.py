@@ -9,6 +9,19 @@ from typing import Protocol
 
 
 @dataclass(frozen=True, slots=True)
+class Caller:
+    """Who asks, and for what service, where tenants are told apart."""
+
+    tenant: str
+    weight: float = 1.0
+    """Share of the fleet under load, against the weights of other tenants."""
+    priority: int = 0
+    """vLLM's `priority` of the soonest that its requests may be; lower is sooner."""
+    ttft_target_ms: float | None = None
+    """Time to first token to aim for, where the request names none."""
+
+
+@dataclass(frozen=True, slots=True)
 class HttpRequest:
     """A client's request as ext_proc saw it. Header names are lower case; `body` is whole."""
 
@@ -18,6 +31,8 @@ class HttpRequest:
     body: bytes
     candidates: frozenset[str] | None = None
     """`ip:port` subset that the endpoint picker protocol allows; None where it sets none."""
+    caller: Caller | None = None
+    """None where tenants are not told apart."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -34,6 +49,8 @@ class Decision:
     """What the engine gets in place of the client's body; None: the client's bytes, untouched."""
     response_headers: Mapping[str, str] = field(default_factory=dict)
     """Headers to add to the client's answer: worker, matched tokens, decision id, fallback reason."""
+    num_prompt_tokens: int = 0
+    """Of the request; estimated where they could not be read."""
 
 
 class End(enum.StrEnum):

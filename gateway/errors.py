@@ -91,3 +91,19 @@ class RequestError(GatewayError):
         """
         error = {"message": self.message, "type": self.kind, "param": self.param, "code": self.status}
         return msgspec.json.encode({"error": error})
+
+
+DEFECTS = (
+    ArithmeticError,
+    AssertionError,
+    AttributeError,
+    KvlaneError,
+    LookupError,
+    NameError,
+    OSError,
+    RuntimeError,
+    TypeError,
+    ValueError,
+)
+"""What a defect of ours shows as where it must not cost a request its answer. Anything else ends the
+request's stream with an error, and Envoy goes by its own failure mode."""

@@ -104,6 +104,8 @@ def refusal(error: RequestError) -> wire.ProcessingResponse:
     headers = {"content-type": "application/json"}
     if error.retry_after_s is not None:
         headers["retry-after"] = str(error.retry_after_s)
+    if error.status == 401:
+        headers["www-authenticate"] = "Bearer"
     return wire.ProcessingResponse(
         immediate_response=wire.ImmediateResponse(
             status=wire.HttpStatus(code=error.status),

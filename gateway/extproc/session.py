@@ -10,29 +10,14 @@ from itertools import chain
 import structlog
 
 from gateway.decision import Decision, End, HttpRequest, Router
-from gateway.errors import ProtocolViolation, RequestError
+from gateway.errors import DEFECTS, ProtocolViolation, RequestError
 from gateway.extproc import messages
 from gateway.extproc.messages import Pick
 from gateway.extproc.metrics import HANDLING_SECONDS, REQUESTS
 from gateway.protos import ext_proc_pb2 as wire
-from kvindex.errors import KvlaneError
+from kvindex.log import frames
 
 log = structlog.get_logger(__name__)
-
-# What a defect in the router shows as. It costs the request its pick, not its answer; anything
-# else ends the stream with an error, and Envoy goes by its own failure mode.
-DEFECTS = (
-    ArithmeticError,
-    AssertionError,
-    AttributeError,
-    KvlaneError,
-    LookupError,
-    NameError,
-    OSError,
-    RuntimeError,
-    TypeError,
-    ValueError,
-)
 
 _ROUTED, _REFUSED, _FAILED = map(REQUESTS.labels, ("routed", "refused", "failed"))
 _NO_PICK = Pick(wire.CommonResponse())
@@ -191,8 +176,11 @@ class Session:
             self._decision = await self._router.decide(self._request())
         except RequestError:
             raise
-        except DEFECTS:
-            log.exception("request passes without a pick", path=self._headers.get(":path"))
+        except DEFECTS as error:
+            path = self._headers.get(":path", "").partition("?")[0]
+            log.error(
+                "request passes without a pick", path=path, error=type(error).__name__, at=frames(error)
+            )
             _FAILED.inc()
             return _NO_PICK
         finally:

@@ -33,6 +33,7 @@ class ScriptedRouter:
     def __init__(self, destinations: tuple[str, ...] = ()) -> None:
         self.destinations = destinations
         self.body: bytes | None = None
+        self.num_prompt_tokens = 0
         self.script: Callable[[HttpRequest], Awaitable[None]] | None = None
         self.refusal: RequestError | None = None
         self.requests: list[HttpRequest] = []
@@ -56,6 +57,7 @@ class ScriptedRouter:
             response_headers={"x-kvlane-decision": decision_id, "x-kvlane-worker": self.destinations[0]},
             removed_headers=("authorization",),
             body=self.body,
+            num_prompt_tokens=self.num_prompt_tokens,
         )
 
     async def finish(self, decision_id: str, end: End) -> None:
