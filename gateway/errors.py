@@ -5,6 +5,7 @@ KvlaneError
 `- GatewayError
    |- ProcessEnded         a process of a local fleet is gone or did not get ready
    |- BenchFailed          a bench cannot be run here, or was not answered as its figures need it
+   |- TraceError           a file is no trace, or its requests fit no worker
    |- ModelNotServed       a worker does not serve a model under its name
    |- Unverified           a worker cannot be checked now: nothing is known to be wrong with it
    |- ProtocolViolation    the proxy sends what the ext_proc protocol or our use of it does not allow
@@ -30,6 +31,10 @@ class ProcessEnded(GatewayError):
 
 class BenchFailed(GatewayError):
     """A bench cannot be run here, or was not answered as it must be: its figures would mean nothing."""
+
+
+class TraceError(GatewayError):
+    """A file cannot be replayed; the message says why."""
 
 
 class ModelNotServed(GatewayError):

@@ -43,11 +43,17 @@ class _Slot:
     expires_ms: float
     sequence: int = 0
     blocks: set[int] = field(default_factory=set)
+    digest: int = 0
     load: Load = field(default_factory=Load)
 
     @property
     def state(self) -> SlotState:
-        return SlotState(num_blocks=len(self.blocks), digest=functools.reduce(operator.xor, self.blocks, 0))
+        return SlotState(num_blocks=len(self.blocks), digest=self.digest)
+
+    def change(self, stored: set[int], removed: set[int]) -> None:
+        changed = (stored - self.blocks) | (removed & self.blocks)
+        self.digest = functools.reduce(operator.xor, changed, self.digest)
+        self.blocks ^= changed
 
 
 @dataclass(frozen=True)
@@ -183,8 +189,7 @@ class MemoryIndexWriter:
             raise SlotLost(f"slot {slot} is at {target.sequence}, the batch is {batch.sequence}")
         if batch.sequence == target.sequence + 1:
             target.sequence = batch.sequence
-            target.blocks |= set(batch.stored)
-            target.blocks -= set(batch.removed)
+            target.change(set(batch.stored), set(batch.removed))
             if batch.removed:
                 self._note_removed(pool, slot, incarnation, batch)
         return target.state

@@ -1,0 +1,123 @@
+"""Ourselves in a simulation: the real plan, rates and reserve, on the index in memory."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+
+from gateway.calls import Calls
+from gateway.config import load_config
+from gateway.plan import Candidate, Choice, Demand, plan
+from gateway.rates import Rates
+from gateway.replay.engine import Job
+from gateway.replay.simulation import FleetSpec
+from gateway.reserve import Charge, Reserver
+from kvindex.blocks import BlockHash
+from kvindex.memory_index import MemoryIndex, MemoryIndexReader, MemoryIndexWriter
+from kvindex.worker import Batch, Load, Worker
+
+FOREVER_MS = 1 << 62
+"""A lease and a deadline that no simulation sees the end of."""
+
+
+class SimulatedIndex:
+    """The index of a fleet, with a publisher for each engine. Implements `Surroundings`."""
+
+    def __init__(self, fleet: FleetSpec) -> None:
+        self._now_ms = 0.0
+        index = MemoryIndex(clock=lambda: self._now_ms / 1000)
+        self.reader = MemoryIndexReader(index)
+        self.workers = [_describe(fleet, number) for number in range(fleet.num_workers)]
+        self.pool = self.workers[0].pool
+        self._writer = MemoryIndexWriter(index)
+        self._sequences = [0] * fleet.num_workers
+        for number, worker in enumerate(self.workers):
+            slot = self._writer.open_slot(worker, lease_ms=FOREVER_MS)
+            assert slot == number  # noqa: S101 (slots are given out in order)
+
+    def at(self, now_ms: float) -> None:
+        """Set the clock that reservations live by."""
+        self._now_ms = now_ms
+
+    def changed(self, worker: int, changes: Mapping[int, bool], now_ms: float) -> None:
+        """See `Surroundings`."""
+        self.at(now_ms)
+        self._sequences[worker] += 1
+        batch = Batch(
+            sequence=self._sequences[worker],
+            stored=tuple(block for block, is_stored in changes.items() if is_stored),
+            removed=tuple(block for block, is_stored in changes.items() if not is_stored),
+        )
+        self._writer.apply(self.pool, worker, self.workers[worker].incarnation, batch)
+
+    def reported(self, worker: int, load: Load, accepted: Sequence[str], now_ms: float) -> None:
+        """See `Surroundings`."""
+        self.at(now_ms)
+        incarnation = self.workers[worker].incarnation
+        self._writer.heartbeat(self.pool, worker, incarnation, load, lease_ms=FOREVER_MS, accepted=accepted)
+
+
+class Kvlane:
+    """One gateway. Implements `Policy`."""
+
+    def __init__(self, fleet: FleetSpec, index: SimulatedIndex, seed: int) -> None:
+        profile = fleet.engine.profile
+        self._index = index
+        self._seed = seed
+        config = load_config(index_deadline_ms=FOREVER_MS // 1_000_000)
+        self._reserver = Reserver(config, index.reader, Calls())
+        self._rates = Rates(profile.prefill_tokens_per_s)
+        self._candidates: dict[int, tuple[Demand, tuple[Candidate, ...]]] = {}
+        self._sent: dict[int, tuple[Choice, Charge]] = {}
+
+    async def look(self, job: Job, now_ms: float) -> None:
+        """See `Policy`: match."""
+        self._index.at(now_ms)
+        job.decision_id = f"{(job.number + 1) * 0x9E3779B97F4A7C15 + self._seed & (1 << 64) - 1:016x}"
+        request = job.request
+        demand = Demand(num_tokens=request.num_tokens, num_lookup_tokens=request.num_tokens, model=None)
+        match = await self._index.reader.match(self._index.pool, [BlockHash(each) for each in request.blocks])
+        candidates = tuple(
+            Candidate(
+                worker=self._index.workers[state.slot],
+                state=state,
+                overlap_blocks=match.overlap_blocks.get(state.slot, 0),
+                prefill_tokens_per_s=self._rates.prefill_tokens_per_s(self._index.workers[state.slot]),
+            )
+            for state in match.states
+        )
+        self._candidates[job.number] = demand, candidates
+
+    async def choose(self, job: Job, now_ms: float) -> int:
+        """See `Policy`: plan and reserve."""
+        self._index.at(now_ms)
+        demand, candidates = self._candidates.pop(job.number)
+        choices = plan(demand, self._reserver.foreseen(candidates), seed=int(job.decision_id, 16))
+        charged = await self._reserver.charge(job.decision_id, demand, candidates, choices)
+        choice = charged.choices[0]
+        self._sent[job.number] = choice, charged.charge
+        return choice.candidate.state.slot
+
+    def first_token(self, job: Job, now_ms: float) -> None:
+        """See `Policy`: what the access log tells at a request's end is enough."""
+
+    def finished(self, job: Job, now_ms: float) -> None:
+        """See `Policy`: settle, and learn from the time to first token."""
+        choice, charge = self._sent.pop(job.number)
+        self._index.at(now_ms)
+        self._reserver.take_back(charge)
+        worker = choice.candidate.worker
+        num_tokens = choice.uncached_tokens + choice.candidate.state.backlog_tokens
+        self._rates.observe(worker, num_tokens=num_tokens, ttft_ms=job.ttft_ms)
+
+
+def _describe(fleet: FleetSpec, number: int) -> Worker:
+    return Worker(
+        endpoint=f"10.0.{number // 250}.{number % 250 + 1}:8000",
+        model="replay",
+        block_size=fleet.engine.block_size,
+        num_blocks=fleet.engine.num_blocks,
+        bytes_per_token=1,
+        max_model_len=1 << 30,
+        incarnation=f"{number:016x}",
+        max_num_batched_tokens=fleet.engine.max_num_batched_tokens,
+    )

@@ -1,0 +1,164 @@
+"""A fleet under a trace, event by event: arrivals, decisions, engines' steps, what engines tell."""
+
+from __future__ import annotations
+
+import enum
+import heapq
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any, Protocol
+
+from gateway.replay.engine import Engine, EngineSpec, Job
+from gateway.replay.trace import Trace
+from kvindex.worker import Load
+
+
+@dataclass(frozen=True, slots=True)
+class FleetSpec:
+    """A fleet and its surroundings."""
+
+    engine: EngineSpec
+    num_workers: int = 8
+    num_gateways: int = 1
+    """Requests go to them in turn."""
+    decision_ms: float = 2.0
+    """From a request's arrival to its worker's getting it."""
+    event_delay_ms: float = 15.0
+    """From a change in an engine's cache to its place in the index."""
+    report_ms: float = 100.0
+    """How often an engine tells of its load, while that changes."""
+
+
+class Policy(Protocol):
+    """What sends requests to workers, one instance a gateway. Told of everything that a gateway may know."""
+
+    async def look(self, job: Job, now_ms: float) -> None:
+        """See the request arrive; what it is sent by is known at this moment."""
+
+    async def choose(self, job: Job, now_ms: float) -> int:
+        """Return the request's worker."""
+
+    def first_token(self, job: Job, now_ms: float) -> None:
+        """See the answer to one of its own requests begin."""
+
+    def finished(self, job: Job, now_ms: float) -> None:
+        """See one of its own requests end."""
+
+
+class Surroundings(Protocol):
+    """What engines tell, whoever listens: the index, or nobody."""
+
+    def changed(self, worker: int, changes: Mapping[int, bool], now_ms: float) -> None:
+        """Content was stored (True) or evicted (False)."""
+
+    def reported(self, worker: int, load: Load, accepted: Sequence[str], now_ms: float) -> None:
+        """An engine tells of its load, which contains the decisions `accepted` for the first time."""
+
+
+class _Kind(enum.IntEnum):
+    """Of events at one moment, the lower come first: what engines do is known before what comes new."""
+
+    WAKE = 0
+    CHANGED = 1
+    REPORT = 2
+    ARRIVE = 3
+    PLACE = 4
+
+
+@dataclass(frozen=True, slots=True)
+class Outcome:
+    """What became of a trace."""
+
+    jobs: tuple[Job, ...]
+    num_workers: int
+    busy_ms: tuple[float, ...]
+    """Time in which each engine computed."""
+
+
+class Simulation:
+    """One run. Deterministic: events at the same moment are taken in the order they were foreseen in."""
+
+    def __init__(
+        self, fleet: FleetSpec, trace: Trace, policies: Sequence[Policy], surroundings: Surroundings
+    ) -> None:
+        self._fleet = fleet
+        self._trace = trace
+        self._policies = policies
+        self._surroundings = surroundings
+        self._engines = [Engine(fleet.engine) for _ in range(fleet.num_workers)]
+        self._planned_ms = [-1.0] * fleet.num_workers
+        self._accepted: list[list[str]] = [[] for _ in range(fleet.num_workers)]
+        self._reporting = [False] * fleet.num_workers
+        self._events: list[tuple[float, int, int, Any]] = []
+        self._num_events = 0
+
+    async def run(self, progress: Callable[[], None] = lambda: None) -> Outcome:
+        """Play the trace to the last token of its last request.
+
+        Args:
+            progress: called for every request that arrives.
+        """
+        jobs = [Job(number, each, each.at_ms) for number, each in enumerate(self._trace.requests)]
+        for job in jobs:
+            self._foresee(job.arrived_ms, _Kind.ARRIVE, job)
+        while self._events:
+            now_ms, kind, _, subject = heapq.heappop(self._events)
+            if kind == _Kind.WAKE:
+                self._wake(subject, now_ms)
+            elif kind == _Kind.ARRIVE:
+                progress()
+                await self._policy_of(subject).look(subject, now_ms)
+                self._foresee(now_ms + self._fleet.decision_ms, _Kind.PLACE, subject)
+            elif kind == _Kind.PLACE:
+                await self._place(subject, now_ms)
+            elif kind == _Kind.CHANGED:
+                worker, changes = subject
+                self._surroundings.changed(worker, changes, now_ms)
+            else:
+                self._report(subject, now_ms)
+        return Outcome(tuple(jobs), len(self._engines), tuple(engine.busy_ms for engine in self._engines))
+
+    def _foresee(self, at_ms: float, kind: _Kind, subject: object) -> None:
+        self._num_events += 1
+        heapq.heappush(self._events, (at_ms, kind, self._num_events, subject))
+
+    def _policy_of(self, job: Job) -> Policy:
+        return self._policies[job.number % len(self._policies)]
+
+    async def _place(self, job: Job, now_ms: float) -> None:
+        job.worker = await self._policy_of(job).choose(job, now_ms)
+        self._accepted[job.worker].append(job.decision_id)
+        self._engines[job.worker].submit(job, now_ms)
+        self._go_on(job.worker, now_ms)
+
+    def _wake(self, worker: int, now_ms: float) -> None:
+        engine = self._engines[worker]
+        if engine.wake_ms != now_ms:
+            return  # It was foreseen before an arrival changed the plan.
+        ended = engine.wake(now_ms)
+        for job in ended.first_tokens:
+            self._policy_of(job).first_token(job, now_ms)
+        for job in ended.finished:
+            self._policy_of(job).finished(job, now_ms)
+        self._go_on(worker, now_ms)
+
+    def _go_on(self, worker: int, now_ms: float) -> None:
+        engine = self._engines[worker]
+        if engine.wake_ms != self._planned_ms[worker]:
+            self._planned_ms[worker] = engine.wake_ms
+            if engine.is_busy:
+                self._foresee(engine.wake_ms, _Kind.WAKE, worker)
+        if engine.cache.changes:
+            told_ms = now_ms + self._fleet.event_delay_ms
+            self._foresee(told_ms, _Kind.CHANGED, (worker, engine.cache.take_changes()))
+        if not self._reporting[worker]:
+            self._reporting[worker] = True
+            self._foresee(now_ms + self._fleet.report_ms, _Kind.REPORT, worker)
+
+    def _report(self, worker: int, now_ms: float) -> None:
+        engine = self._engines[worker]
+        accepted, self._accepted[worker] = self._accepted[worker], []
+        self._surroundings.reported(worker, engine.load(), accepted, now_ms)
+        self._reporting[worker] = engine.is_busy
+        if engine.is_busy:
+            self._foresee(now_ms + self._fleet.report_ms, _Kind.REPORT, worker)
