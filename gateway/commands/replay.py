@@ -38,7 +38,7 @@ def replay(
     ] = None,
     variation: Annotated[Variation | None, typer.Option(help="Change the trace first.")] = None,
     limit: Annotated[int | None, typer.Option(min=1, help="Take only so many requests.")] = None,
-    workers: Annotated[int, typer.Option(min=1)] = 8,
+    workers: Annotated[int, typer.Option(min=1, help="Engines of the fleet.")] = 8,
     gateways: Annotated[int, typer.Option(min=1, help="They get the requests in turn.")] = 1,
     engine: Annotated[
         Path | None, typer.Option(metavar="FILE", help="YAML that describes the engines (docs/replay.md).")
