@@ -126,7 +126,9 @@ class KvRouter:
         if receipt is None:
             return
         receipt.served = served
-        if served.worker != receipt.destinations[0]:
+        # A proxy that follows the endpoint picker protocol may not tell who served.
+        went_astray = served.worker is None and served.status != 200
+        if went_astray or served.worker not in (None, receipt.destinations[0]):
             self._fleet.suspect()
         elif receipt.choice and receipt.choice.candidate.degraded:
             return  # What it had cached is not known, so neither is what it computed.

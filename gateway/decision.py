@@ -63,7 +63,10 @@ class End(enum.StrEnum):
 
 @dataclass(frozen=True, slots=True)
 class Served:
-    """What Envoy's access log says of a finished request; None where Envoy did not measure it."""
+    """What Envoy's access log, or a response that passed through here, says of a finished request.
+
+    None where it was not measured.
+    """
 
     decision_id: str
     status: int

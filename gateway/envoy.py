@@ -14,6 +14,7 @@ import yaml
 from gateway.access_log import DECISION_HEADER, LOG_NAME, TTFT_TAG
 from gateway.config import split_address
 from gateway.extproc.messages import PICK_KEY, PICK_NAMESPACE, REFUSAL_DETAILS
+from gateway.readiness import EXT_PROC_SERVICE
 
 Json = dict[str, Any]
 
@@ -316,6 +317,17 @@ def _gateway_cluster(gateways: tuple[str, ...]) -> Json:
             "envoy.extensions.upstreams.http.v3.HttpProtocolOptions": _any(http2)
         },
         "outlier_detection": {"interval": "1s", "base_ejection_time": "1s", "consecutive_gateway_failure": 2},
+        # One that starts, stops or hangs gets no request while another is ready.
+        "health_checks": [
+            {
+                "timeout": "2s",
+                "interval": "1s",
+                "no_traffic_interval": "1s",
+                "unhealthy_threshold": 2,
+                "healthy_threshold": 1,
+                "grpc_health_check": {"service_name": EXT_PROC_SERVICE},
+            }
+        ],
     }
 
 

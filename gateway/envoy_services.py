@@ -1,4 +1,4 @@
-"""The services that Envoy speaks to, on one port: ext_proc, endpoint discovery and access log."""
+"""The services that Envoy speaks to, on one port: ext_proc, endpoint discovery, access log, health."""
 
 from __future__ import annotations
 
@@ -12,6 +12,7 @@ from gateway.config import GatewayConfig
 from gateway.decision import Endpoints, Router
 from gateway.eds import EdsService
 from gateway.extproc.server import ExtProcService
+from gateway.readiness import Readiness
 from kvindex.errors import ConfigError
 
 # Room for what travels beside a body in one message.
@@ -19,8 +20,12 @@ _MESSAGE_OVERHEAD_BYTES = 1 << 20
 
 
 @contextlib.asynccontextmanager
-async def serve_envoy(config: GatewayConfig, router: Router, endpoints: Endpoints) -> AsyncIterator[int]:
-    """Serve ext_proc, EDS and the access log inside the block; yield the port.
+async def serve_envoy(
+    config: GatewayConfig, router: Router, endpoints: Endpoints, readiness: Readiness
+) -> AsyncIterator[int]:
+    """Serve ext_proc, EDS, the access log and health checks inside the block; yield the port.
+
+    Requests are taken once `readiness` says so, which ends with the block.
 
     Raises:
         ConfigError: the address is taken or is not ours.
@@ -34,9 +39,10 @@ async def serve_envoy(config: GatewayConfig, router: Router, endpoints: Endpoint
             ("grpc.http2.max_ping_strikes", 0),
         ]
     )
-    ext_proc = ExtProcService(router, max_body_bytes=config.max_body_bytes)
+    ext_proc = ExtProcService(router, readiness, max_body_bytes=config.max_body_bytes)
     services = (ext_proc, EdsService(endpoints), AccessLogService(router))
     server.add_generic_rpc_handlers(tuple(service.handler() for service in services))
+    await readiness.serve(server)
     try:
         port = server.add_insecure_port(config.listen)
     except RuntimeError as error:
@@ -45,6 +51,7 @@ async def serve_envoy(config: GatewayConfig, router: Router, endpoints: Endpoint
     try:
         yield port
     finally:
+        await readiness.close()
         await server.stop(config.stop_grace_s)
         await ext_proc.settled()
 

@@ -21,8 +21,10 @@ from gateway.parity_probe import ParityProber
 from gateway.parity_watch import ParityWatch
 from gateway.probe import worker_client
 from gateway.rates import Rates
+from gateway.readiness import Readiness
 from gateway.receipts import Receipts
 from gateway.tokens.reader import PromptReader
+from kvindex.errors import IndexUnavailable
 from kvindex.redis_index import RedisIndexReader
 
 log = structlog.get_logger(__name__)
@@ -31,15 +33,16 @@ log = structlog.get_logger(__name__)
 async def run(config: GatewayConfig) -> None:
     """Serve until SIGTERM or SIGINT; then requests under way get `config.stop_grace_s` to end.
 
+    Requests are taken as soon as the index has been read; until then only health is told.
+
     Raises:
         ConfigError: an address cannot be listened on, or the Redis URL is none.
-        IndexUnavailable: Redis cannot be reached at the start.
     """
     stopped = asyncio.Event()
     for number in (signal.SIGINT, signal.SIGTERM):
         asyncio.get_running_loop().add_signal_handler(number, stopped.set)
     async with contextlib.AsyncExitStack() as exits:
-        # Bound first: a taken port is said at once.
+        # Bound first: a taken port is said at once, and health is answered before Redis is.
         admin_socket = exits.enter_context(_listen(config.admin_listen))
         index = RedisIndexReader(config)
         exits.push_async_callback(index.close)
@@ -56,29 +59,48 @@ async def run(config: GatewayConfig) -> None:
         rates, receipts = Rates(config.prefill_tokens_per_s), Receipts(config.receipts)
         router = KvRouter(config, index, fleet, reader, rates=rates, receipts=receipts)
         exits.push_async_callback(router.stop)
-        await fleet.start()
         exits.push_async_callback(fleet.stop)
-        await reader.prepare()
-        if config.parity_probe:
-            watch = ParityWatch(config, fleet, ParityProber(config, index, reader, client))
-            watch.start()
-            exits.push_async_callback(watch.stop)
-        preparing = asyncio.create_task(_keep_prepared(reader, fleet))
-        exits.callback(preparing.cancel)
-        app = create_app(router, fleet, index, rates=rates, receipts=receipts)
+        watch = ParityWatch(config, fleet, ParityProber(config, index, reader, client))
+        exits.push_async_callback(watch.stop)
+        readiness = Readiness()
+        app = create_app(router, fleet, index, rates=rates, receipts=receipts, readiness=readiness)
         await exits.enter_async_context(_serve_admin(app, admin_socket))
-        port = await exits.enter_async_context(serve_envoy(config, router, fleet))
-        admin_port = admin_socket.getsockname()[1]
-        log.info("gateway serves", host=config.listen.rpartition(":")[0], port=port, admin_port=admin_port)
-        await stopped.wait()
-        log.info("gateway stops")
+        port = await exits.enter_async_context(serve_envoy(config, router, fleet, readiness))
+        log.info("gateway listens", port=port, admin_port=admin_socket.getsockname()[1])
+        async with asyncio.TaskGroup() as tasks:
+            serving = tasks.create_task(_serve(config, fleet, reader, watch, readiness))
+            await stopped.wait()
+            log.info("gateway stops")
+            serving.cancel()
 
 
-async def _keep_prepared(reader: PromptReader, fleet: Fleet) -> None:
+async def _serve(
+    config: GatewayConfig, fleet: Fleet, reader: PromptReader, watch: ParityWatch, readiness: Readiness
+) -> None:
+    """Let requests come once the fleet is known and its prompts can be read; then keep it so."""
+    await _know(fleet, pause_s=config.poll_interval_ms / 1000)
+    models = fleet.snapshot.models
+    await reader.prepare()
+    if config.parity_probe:
+        watch.start()
+    await readiness.open()
+    log.info("gateway serves")
     while True:
-        models = fleet.snapshot.models
+        models = await fleet.models_changed(models)
         await reader.prepare()
-        await fleet.models_changed(models)
+
+
+async def _know(fleet: Fleet, *, pause_s: float) -> None:
+    """Return after the first read of the index, however long that takes."""
+    reason = None
+    while True:
+        try:
+            return await fleet.start()
+        except IndexUnavailable as error:
+            if str(error) != reason:
+                reason = str(error)
+                log.error("waiting for the index", reason=reason)
+        await asyncio.sleep(pause_s)
 
 
 class _AdminServer(uvicorn.Server):

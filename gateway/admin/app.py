@@ -18,6 +18,7 @@ from gateway.errors import RequestError, TokenizerError
 from gateway.fleet import Fleet
 from gateway.plan import Choice
 from gateway.rates import Rates
+from gateway.readiness import Readiness
 from gateway.receipts import Receipt, Receipts
 from kvindex.errors import IndexUnavailable
 from kvindex.index import IndexReader
@@ -27,7 +28,13 @@ UNAVAILABLE_ERRORS = (IndexUnavailable, TokenizerError)
 
 
 def create_app(
-    router: KvRouter, fleet: Fleet, index: IndexReader, *, rates: Rates, receipts: Receipts
+    router: KvRouter,
+    fleet: Fleet,
+    index: IndexReader,
+    *,
+    rates: Rates,
+    receipts: Receipts,
+    readiness: Readiness,
 ) -> FastAPI:
     """Return the app. It authenticates nobody: serve it where only operators reach it."""
     historian = Historian(index, fleet, receipts)
@@ -41,8 +48,9 @@ def create_app(
     @app.get("/ready")
     async def ready() -> Response:
         """Answer 200 once the index has been read; later failures of it only degrade the routing."""
-        if fleet.version == 0:
-            return _json({"status": "unready", "reason": fleet.failure}, status=503)
+        if not readiness.is_ready:
+            reason = fleet.failure or f"the gateway is {readiness.state}"
+            return _json({"status": "unready", "reason": reason}, status=503)
         if fleet.failure:
             return _json({"status": "degraded", "reason": fleet.failure})
         return _json({"status": "ready"})

@@ -24,6 +24,9 @@ PICK_NAMESPACE = "envoy.lb"
 SUBSET_NAMESPACE = "envoy.lb.subset_hint"
 SUBSET_KEY = "x-gateway-destination-endpoint-subset"
 
+SERVED_KEY = "x-gateway-destination-endpoint-served"
+"""Names who served, in the metadata under `envoy.lb` that comes with the response."""
+
 REFUSAL_DETAILS = "kvlane_refused"
 """Marks our refusals in Envoy's response code details, so that it leaves their body alone."""
 
@@ -60,6 +63,22 @@ def read_subset(message: wire.ProcessingRequest) -> frozenset[str] | None:
     hint = metadata[SUBSET_NAMESPACE].fields[SUBSET_KEY]
     listed = [item.string_value for item in hint.list_value.values] or hint.string_value.split(",")
     return frozenset(address.strip() for address in listed if address.strip())
+
+
+def read_served(message: wire.ProcessingRequest) -> str | None:
+    """Return the endpoint that served the request, where the proxy tells it."""
+    metadata = message.metadata_context.filter_metadata
+    if PICK_NAMESPACE not in metadata or SERVED_KEY not in metadata[PICK_NAMESPACE].fields:
+        return None
+    return metadata[PICK_NAMESPACE].fields[SERVED_KEY].string_value or None
+
+
+def read_status(message: wire.HttpHeaders) -> int:
+    """Return the status of a response; 0 where there is none."""
+    for header in message.headers.headers:
+        if header.key == ":status":
+            return int(header.raw_value or header.value)
+    return 0
 
 
 def http_request(headers: dict[str, str], body: bytes, candidates: frozenset[str] | None) -> HttpRequest:

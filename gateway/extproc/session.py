@@ -5,11 +5,12 @@ from __future__ import annotations
 import enum
 import time
 from collections.abc import Iterable, Iterator
+from dataclasses import dataclass
 from itertools import chain
 
 import structlog
 
-from gateway.decision import Decision, End, HttpRequest, Router
+from gateway.decision import Decision, End, HttpRequest, Router, Served
 from gateway.errors import DEFECTS, ProtocolViolation, RequestError
 from gateway.extproc import messages
 from gateway.extproc.messages import Pick
@@ -29,13 +30,47 @@ _CONTINUE_RESPONSE_TRAILERS = (wire.ProcessingResponse(response_trailers=wire.Tr
 _READ_MODES = (wire.BUFFERED, wire.STREAMED, wire.FULL_DUPLEX_STREAMED)
 
 
+@dataclass(slots=True)
+class _Response:
+    """A response whose body passes through here, and which is therefore measured here."""
+
+    started_s: float
+    request_bytes: int
+    status: int
+    served_by: str | None
+    num_bytes: int = 0
+    ttft_ms: float | None = None
+
+    def add(self, num_bytes: int) -> None:
+        if num_bytes and self.ttft_ms is None:
+            self.ttft_ms = self._elapsed_ms()
+        self.num_bytes += num_bytes
+
+    def served(self, decision_id: str, end: End) -> Served:
+        return Served(
+            decision_id,
+            status=self.status,
+            worker=self.served_by,
+            ttft_ms=self.ttft_ms,
+            duration_ms=self._elapsed_ms(),
+            request_bytes=self.request_bytes,
+            response_bytes=self.num_bytes,
+            end=end,
+        )
+
+    def _elapsed_ms(self) -> float:
+        return (time.perf_counter() - self.started_s) * 1000
+
+
 class _Stage(enum.Enum):
     """How far the request has been told."""
 
     HEADERS = enum.auto()
     BODY = enum.auto()
     WHOLE = enum.auto()
-    """And decided, or refused."""
+    """And decided."""
+    REFUSED = enum.auto()
+    """What the proxy had sent before it knew is ignored."""
 
 
 class Session:
@@ -59,14 +94,18 @@ class Session:
         self._request_mode: wire.BodySendMode = wire.NONE
         self._response_mode: wire.BodySendMode = wire.NONE
         self._response_ended = False
+        self._started_s = time.perf_counter()
+        self._response: _Response | None = None
 
     async def answer(self, message: wire.ProcessingRequest) -> Iterable[wire.ProcessingResponse]:
-        """Return the answers to `message`, in order; after a refusal nothing else will be asked.
+        """Return the answers to `message`, in order; none after a refusal.
 
         Raises:
             ProtocolViolation: the message has no place here.
         """
-        answers: Iterable[wire.ProcessingResponse]
+        answers: Iterable[wire.ProcessingResponse] = ()
+        if self._stage is _Stage.REFUSED:
+            return answers
         try:
             match message.WhichOneof("request"):
                 case "request_headers":
@@ -76,7 +115,7 @@ class Session:
                 case "request_trailers":
                     answers = await self._request_trailers()
                 case "response_headers":
-                    answers = self._response_headers(message.response_headers)
+                    answers = self._response_headers(message)
                 case "response_body":
                     answers = self._response_body(message.response_body)
                 case "response_trailers":
@@ -85,7 +124,7 @@ class Session:
                 case unknown:
                     raise ProtocolViolation(f"an ext_proc message of kind {unknown}")
         except RequestError as error:
-            self._stage = _Stage.WHOLE
+            self._stage = _Stage.REFUSED
             _REFUSED.inc()
             answers = (messages.refusal(error),)
         return answers
@@ -94,6 +133,8 @@ class Session:
         """Settle the decision, if there is one; the stream has ended, and nobody knows from its end how."""
         if self._decision is not None:
             end = End.COMPLETE if self._response_ended else End.ABORTED
+            if self._response is not None:
+                self._router.record(self._response.served(self._decision.decision_id, end))
             await self._router.finish(self._decision.decision_id, end)
 
     @property
@@ -118,6 +159,9 @@ class Session:
         return () if self._is_duplex else _CONTINUE_HEADERS
 
     async def _request_body(self, message: wire.HttpBody) -> Iterable[wire.ProcessingResponse]:
+        # Envoy may send the last chunk again (1.35 to 1.40, envoyproxy/envoy#46237).
+        if self._is_duplex and self._stage is _Stage.WHOLE:
+            return ()
         self._expect(_Stage.BODY, "a request body")
         self._num_body_bytes += len(message.body)
         if self._num_body_bytes > self._max_body_bytes:
@@ -145,9 +189,17 @@ class Session:
         for change in messages.body_chunks(body, end_of_stream=not trailers_follow):
             yield wire.ProcessingResponse(request_body=wire.BodyResponse(response=change))
 
-    def _response_headers(self, message: wire.HttpHeaders) -> Iterable[wire.ProcessingResponse]:
+    def _response_headers(self, message: wire.ProcessingRequest) -> Iterable[wire.ProcessingResponse]:
         # Where the body stays with Envoy, its end is out of sight; the access log tells it.
-        self._response_ended = message.end_of_stream or self._response_mode == wire.NONE
+        is_hidden = self._response_mode == wire.NONE
+        self._response_ended = message.response_headers.end_of_stream or is_hidden
+        if not is_hidden:
+            self._response = _Response(
+                started_s=self._started_s,
+                request_bytes=self._num_body_bytes,
+                status=messages.read_status(message.response_headers),
+                served_by=messages.read_served(message),
+            )
         change = wire.CommonResponse()
         if self._decision is not None:
             change.header_mutation.CopyFrom(messages.header_mutation(self._decision.response_headers))
@@ -155,6 +207,8 @@ class Session:
 
     def _response_body(self, message: wire.HttpBody) -> Iterator[wire.ProcessingResponse]:
         self._response_ended = message.end_of_stream
+        if self._response is not None:
+            self._response.add(len(message.body))
         changes: Iterable[wire.CommonResponse] = (wire.CommonResponse(),)
         if self._response_mode == wire.FULL_DUPLEX_STREAMED:
             changes = messages.body_chunks(message.body, end_of_stream=message.end_of_stream)

@@ -14,6 +14,7 @@ from gateway.fleet import Fleet
 from gateway.parity import Parity, Reason, State, degraded
 from gateway.probe import worker_client
 from gateway.rates import Rates
+from gateway.readiness import Readiness
 from gateway.receipts import Receipts
 from gateway.tokens.request import Api, Prompt, ReadRequest
 from kvindex.blocks import hash_blocks, pack_hashes, root_hash, unpack_hashes
@@ -69,6 +70,7 @@ class Gateway:
         self.reader = RecordingReader()
         self.fleet = Fleet(GatewayConfig(), self.index, client)
         self.receipts = Receipts(10)
+        self.readiness = Readiness()
         rates = Rates(1000)
         self.router = KvRouter(
             GatewayConfig(index_deadline_ms=2_000),
@@ -78,7 +80,9 @@ class Gateway:
             rates=rates,
             receipts=self.receipts,
         )
-        self.app = create_app(self.router, self.fleet, self.index, rates=rates, receipts=self.receipts)
+        self.app = create_app(
+            self.router, self.fleet, self.index, rates=rates, receipts=self.receipts, readiness=self.readiness
+        )
         worker = make_worker("a:1")
         writer = MemoryIndexWriter(memory)
         slot = writer.open_slot(worker, lease_ms=60_000)
@@ -114,6 +118,8 @@ async def test_readiness_waits_for_the_index_and_then_only_degrades(admin, gatew
     assert answer.status_code == 503
     assert "not been read" in answer.json()["reason"]
     await gateway.fleet.poll()
+    assert (await admin.get("/ready")).json() == {"status": "unready", "reason": "the gateway is starting"}
+    await gateway.readiness.open()
     assert (await admin.get("/ready")).json() == {"status": "ready"}
     gateway.index.down = True
     with pytest.raises(IndexUnavailable):
@@ -121,6 +127,8 @@ async def test_readiness_waits_for_the_index_and_then_only_degrades(admin, gatew
     answer = await admin.get("/ready")
     assert answer.status_code == 200
     assert answer.json() == {"status": "degraded", "reason": "redis://nowhere: refused"}
+    await gateway.readiness.close()
+    assert (await admin.get("/ready")).status_code == 503
 
 
 async def test_metrics_count_decisions(admin, gateway):

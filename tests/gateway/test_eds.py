@@ -12,6 +12,7 @@ from gateway.eds import TYPE_URL, load_assignment
 from gateway.envoy import bootstrap, to_yaml
 from gateway.envoy_services import serve_envoy
 from gateway.protos import discovery_pb2 as wire
+from gateway.readiness import Readiness
 from tests.support.envoy import KnownEndpoints, ScriptedRouter, Stack, run_envoy, serve
 from tests.support.waiting import eventually
 
@@ -26,7 +27,7 @@ CODEC = {
 async def connect(endpoints):
     config = GatewayConfig(listen="127.0.0.1:0", stop_grace_s=0)
     async with (
-        serve_envoy(config, ScriptedRouter(), endpoints) as port,
+        serve_envoy(config, ScriptedRouter(), endpoints, Readiness()) as port,
         grpc.aio.insecure_channel(f"127.0.0.1:{port}") as channel,
     ):
         yield channel

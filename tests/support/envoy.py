@@ -20,6 +20,7 @@ from gateway.decision import Decision, End, HttpRequest, Served
 from gateway.envoy import EnvoyOptions, bootstrap, to_yaml
 from gateway.envoy_services import serve_envoy
 from gateway.errors import RequestError
+from gateway.readiness import Readiness
 from tests.support.ports import free_ports
 from tests.support.waiting import eventually
 
@@ -125,6 +126,8 @@ class Stack:
         self.directory = directory
         self.router = router
         self.endpoints = endpoints
+        self.readiness = Readiness()
+        self.opens = True
         envoy_port, admin_port, self.gateway_port = free_ports(3)
         self.url = f"http://127.0.0.1:{envoy_port}"
         self.admin_url = f"http://127.0.0.1:{admin_port}"
@@ -134,13 +137,17 @@ class Stack:
             gateways=(f"127.0.0.1:{self.gateway_port}",),
         )
 
-    def serve_gateway(self) -> contextlib.AbstractAsyncContextManager[int]:
+    @contextlib.asynccontextmanager
+    async def serve_gateway(self) -> AsyncIterator[int]:
         gateway = GatewayConfig(
             listen=f"127.0.0.1:{self.gateway_port}",
             max_body_bytes=self.options.max_body_bytes,
             stop_grace_s=0,
         )
-        return serve_envoy(gateway, self.router, self.endpoints)
+        async with serve_envoy(gateway, self.router, self.endpoints, self.readiness) as port:
+            if self.opens:
+                await self.readiness.open()
+            yield port
 
     async def stop_gateway(self) -> None:
         await self._gateway.aclose()

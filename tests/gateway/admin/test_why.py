@@ -20,6 +20,7 @@ from gateway.decision import End, HttpRequest, Served
 from gateway.fleet import Fleet
 from gateway.probe import ModelCard, worker_client
 from gateway.rates import Rates
+from gateway.readiness import Readiness
 from gateway.receipts import Receipts
 from gateway.tokens.request import Api, Prompt, ReadRequest
 from kvindex.blocks import format_hash, hash_blocks, root_hash
@@ -88,7 +89,7 @@ class Gateway:
         self.receipts = Receipts(1000)
         parts = {"rates": Rates(1000), "receipts": self.receipts}
         self.router = KvRouter(config, reader, self.fleet, TokenReader(), **parts)
-        self.app = create_app(self.router, self.fleet, reader, **parts)
+        self.app = create_app(self.router, self.fleet, reader, **parts, readiness=Readiness())
 
     async def join(self, name: str, life: str = "first") -> Engine:
         engine = Engine(self.writer, name, life)

@@ -253,6 +253,13 @@ async def test_request_that_is_not_admitted_is_refused_before_its_body(session, 
     assert router.requests == []
 
 
+async def test_last_chunk_that_envoy_sends_again_changes_nothing(session, router):
+    first = await answers(session, extproc.request_headers(mode=DUPLEX), extproc.request_body(b"{}"))
+    assert await answers(session, extproc.request_body(b"{}"), extproc.request_body(b"")) == []
+    assert len(first) == 2
+    assert len(router.requests) == 1
+
+
 HEAD, DUPLEX_HEAD = extproc.request_headers(), extproc.request_headers(mode=DUPLEX)
 WHOLE, PART = extproc.request_body(b"{}"), extproc.request_body(b"{", end_of_stream=False)
 
@@ -265,7 +272,6 @@ WHOLE, PART = extproc.request_body(b"{}"), extproc.request_body(b"{", end_of_str
         [HEAD, HEAD],
         [HEAD, WHOLE, WHOLE],
         [HEAD, PART, WHOLE],
-        [DUPLEX_HEAD, WHOLE, WHOLE],
         [DUPLEX_HEAD, WHOLE, extproc.request_trailers()],
         [extproc.request_headers(mode=wire.NONE)],
         [extproc.request_headers(mode=wire.BUFFERED_PARTIAL)],

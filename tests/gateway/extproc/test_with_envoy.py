@@ -178,6 +178,103 @@ async def test_http2_client_with_a_large_body(tmp_path, change):
         assert running.router.requests[0].body == body
 
 
+async def send_trailers(url, body):
+    """Send a chunked request with trailers and return the first line of the answer."""
+    host, port = url.removeprefix("http://").split(":")
+    reader, writer = await asyncio.open_connection(host, int(port))
+    writer.write(
+        b"POST /v1/completions HTTP/1.1\r\nhost: x\r\ntransfer-encoding: chunked\r\ntrailer: t\r\n\r\n"
+    )
+    for chunk in body:
+        writer.write(f"{len(chunk):x}\r\n".encode() + chunk + b"\r\n")
+        await writer.drain()
+        await asyncio.sleep(0.01)
+    writer.write(b"0\r\nt: 1\r\n\r\n")
+    async with asyncio.timeout(10):
+        line = await reader.readline()
+    writer.close()
+    return line
+
+
+async def test_body_in_pieces_with_trailers(tmp_path, change):
+    def trailers(config):
+        change(config)
+        http_of(config)["http_protocol_options"] = {"enable_trailers": True}
+        # With retries, Envoy 1.40 itself sends a FULL_DUPLEX_STREAMED body that has trailers twice.
+        (host,) = http_of(config)["route_config"]["virtual_hosts"]
+        del host["routes"][0]["route"]["retry_policy"]
+
+    worker = Worker()
+    async with stack(tmp_path, worker, Worker(), change=trailers) as running:
+        pieces = [b"a" * 1000, b"b" * 70_000, b"c"]
+        assert await send_trailers(running.url, pieces) == b"HTTP/1.1 200 OK\r\n"
+        assert running.router.requests[0].body == b"".join(pieces)
+        assert await worker.requests[0].body() == b"".join(pieces)
+
+
+async def test_what_the_proxy_says_of_endpoints_is_read(tmp_path):
+    """An Envoy that tells the subset and who served, as a gateway with an InferencePool does."""
+
+    def proxy(config):
+        full_duplex(config)
+        filters = http_of(config)["http_filters"]
+        subset = {"x-gateway-destination-endpoint-subset": ["10.0.0.1:8000", "10.0.0.2:8000"]}
+        filters.insert(
+            0, metadata_filter("set_metadata", {"metadata": [metadata("envoy.lb.subset_hint", subset)]})
+        )
+        options = filters[1]["typed_config"]["metadata_options"]
+        options["forwarding_namespaces"] = {"untyped": ["envoy.lb", "envoy.lb.subset_hint"]}
+        served = {"x-gateway-destination-endpoint-served": "10.0.0.2:8000"}
+        filters[1]["typed_config"]["metadata_options"] = options
+        filters.append(filters.pop())
+        filters.insert(1, metadata_filter("set_metadata", {"metadata": [metadata("envoy.lb", served)]}))
+
+    async with stack(tmp_path, Worker(), change=proxy) as running, httpx.AsyncClient() as client:
+        await client.post(f"{running.url}/v1/completions", json={})
+        assert running.router.requests[0].candidates == {"10.0.0.1:8000", "10.0.0.2:8000"}
+        await eventually(lambda: running.router.served)
+        assert running.router.served[0].worker == "10.0.0.2:8000"
+        assert running.router.served[0].ttft_ms > 0
+
+
+def metadata(namespace, value):
+    return {"metadata_namespace": namespace, "value": value, "allow_overwrite": True}
+
+
+def metadata_filter(name, config):
+    kind = "type.googleapis.com/envoy.extensions.filters.http.set_metadata.v3.Config"
+    return {"name": f"envoy.filters.http.{name}", "typed_config": {"@type": kind, **config}}
+
+
+def http_of(config):
+    (chain,) = config["static_resources"]["listeners"][0]["filter_chains"]
+    return chain["filters"][0]["typed_config"]
+
+
+async def test_gateway_that_is_not_ready_gets_no_request_while_another_is(tmp_path):
+    async with contextlib.AsyncExitStack() as exits:
+        worker = Worker()
+        address = await exits.enter_async_context(serve(worker.answer))
+        (tmp_path / "other").mkdir()
+        ready = Stack(tmp_path, ScriptedRouter((address,)), KnownEndpoints(address))
+        starting = Stack(tmp_path / "other", ScriptedRouter((address,)), KnownEndpoints(address))
+        starting.opens = False
+        await exits.enter_async_context(starting.serve_gateway())
+        both = tuple(f"127.0.0.1:{each.gateway_port}" for each in (ready, starting))
+        await exits.enter_async_context(ready.run(gateways=both))
+        client = await exits.enter_async_context(httpx.AsyncClient())
+
+        async def is_known():
+            text = (await client.get(f"{ready.admin_url}/clusters")).text
+            return text.count("kvlane_gateway::127.0.0.1") and "failed_active_hc" in text
+
+        await eventually(is_known)
+        for _ in range(10):
+            response = await client.post(f"{ready.url}/v1/completions", json={})
+            assert "x-kvlane-decision" in response.headers
+        assert starting.router.requests == []
+
+
 async def test_request_without_body_is_routed(tmp_path, change):
     async with (
         stack(tmp_path, Worker("first"), Worker(), change=change) as running,
