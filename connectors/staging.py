@@ -1,0 +1,147 @@
+"""Staging: a bounded ring of buffers between cache and wire, and the thread that copies to and from them."""
+
+from __future__ import annotations
+
+import asyncio
+from collections import deque
+from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import nullcontext
+from typing import Any
+
+import torch
+
+from connectors.errors import StagingExhausted
+from connectors.transport import Request
+
+POISON = 0xA5
+
+
+class StagingRing:
+    """Buffers of equal size in one piece of memory. One event loop's.
+
+    A buffer that is given back while a request still has it goes to quarantine and comes back when the
+    request is finished, however long that takes: until then the wire may read or write it.
+
+    Args:
+        num_buffers: how many.
+        buffer_bytes: size of each.
+        device: where.
+        poison: fill buffers when they come back, and raise if one was written after that. For tests.
+    """
+
+    def __init__(
+        self, num_buffers: int, buffer_bytes: int, device: torch.device, *, poison: bool = False
+    ) -> None:
+        self.memory = torch.zeros(num_buffers, buffer_bytes, dtype=torch.uint8, device=device)
+        self.num_quarantined = 0
+        self._poison = poison
+        self._free = deque(range(num_buffers))
+        self._waiting: deque[asyncio.Future[int]] = deque()
+        if poison:
+            self.memory.fill_(POISON)
+
+    @property
+    def num_buffers(self) -> int:
+        """All of them."""
+        return self.memory.shape[0]
+
+    @property
+    def num_free(self) -> int:
+        """Those that can be had at once."""
+        return len(self._free)
+
+    @property
+    def buffer_bytes(self) -> int:
+        """Size of each."""
+        return self.memory.shape[1]
+
+    async def acquire(self, timeout_s: float) -> int:
+        """Return the index of a free buffer; who waits longest is served first.
+
+        Raises:
+            StagingExhausted: none came free in time, or all are in quarantine.
+        """
+        if self._free:
+            index = self._free.popleft()
+        else:
+            index = await self._wait(timeout_s)
+        if self._poison and not bool((self.memory[index] == POISON).all()):
+            raise AssertionError(f"staging buffer {index} was written after it was given back")
+        return index
+
+    def release(self, index: int, request: Request | None = None) -> None:
+        """Give a buffer back; it is free again once `request` is finished.
+
+        Args:
+            index: the buffer.
+            request: the last one that had it.
+        """
+        if request is None or request.finished.done():
+            self._put_back(index)
+            return
+        self.num_quarantined += 1
+
+        def end_quarantine(_: asyncio.Future[None]) -> None:
+            self.num_quarantined -= 1
+            self._put_back(index)
+
+        request.finished.add_done_callback(end_quarantine)
+
+    async def _wait(self, timeout_s: float) -> int:
+        if self.num_quarantined == self.num_buffers:
+            raise StagingExhausted(f"all {self.num_buffers} staging buffers are held by lost peers")
+        turn: asyncio.Future[int] = asyncio.get_running_loop().create_future()
+        self._waiting.append(turn)
+        try:
+            async with asyncio.timeout(timeout_s):
+                try:
+                    return await turn
+                except asyncio.CancelledError:
+                    if not turn.cancelled():  # it came in the same moment
+                        self._put_back(turn.result())
+                    raise
+        except TimeoutError as error:
+            raise StagingExhausted(f"no staging buffer came free within {timeout_s:g} s") from error
+
+    def _put_back(self, index: int) -> None:
+        if self._poison:
+            self.memory[index].fill_(POISON)
+        while self._waiting:
+            turn = self._waiting.popleft()
+            if not turn.done():
+                turn.set_result(index)
+                return
+        self._free.append(index)
+
+
+class Copier:
+    """A thread that copies between cache and staging, so that the event loop can look after the wire
+    meanwhile.
+
+    On a GPU it has a stream of its own. A copy is complete when `run` returns.
+    """
+
+    def __init__(self, device: torch.device) -> None:
+        self._stream: Any = None
+        if device.type == "cuda":
+            self._stream = torch.cuda.Stream(device)  # type: ignore[no-untyped-call]
+        # One thread beside the engine's: torch would start as many again for each.
+        self._executor = ThreadPoolExecutor(1, "kvlane-copy", initializer=lambda: torch.set_num_threads(1))
+
+    async def run(self, copy: Callable[[], None], after: torch.cuda.Event | None = None) -> None:
+        """Run `copy`, on a GPU after the work that `after` marks."""
+        await asyncio.get_running_loop().run_in_executor(self._executor, self._run, copy, after)
+
+    def close(self) -> None:
+        """End the thread when its copies are done. Idempotent."""
+        self._executor.shutdown()
+
+    def _run(self, copy: Callable[[], None], after: torch.cuda.Event | None) -> None:
+        stream = torch.cuda.stream(self._stream) if self._stream else nullcontext()
+        with stream:
+            if self._stream and after is not None:
+                self._stream.wait_event(after)
+            copy()
+            if self._stream:
+                self._stream.synchronize()
