@@ -6,7 +6,7 @@ from pathlib import Path
 from typing import Annotated, Any
 
 import yaml
-from pydantic import AfterValidator, Field, SecretStr, ValidationError
+from pydantic import AfterValidator, Field, SecretStr, ValidationError, model_validator
 from pydantic_settings import (
     BaseSettings,
     PydanticBaseSettingsSource,
@@ -40,6 +40,10 @@ Address = Annotated[str, AfterValidator(_checked)]
 """`host:port`; port 0 picks a free one."""
 
 
+MIN_SECRET_LENGTH = 32
+"""Of the salts' secret: a tenant that guessed it could compute every other tenant's salt."""
+
+
 class GatewayConfig(IndexConfig):
     """Everything a gateway may be told; overridden by `KVLANE_LISTEN` and so on."""
 
@@ -68,6 +72,13 @@ class GatewayConfig(IndexConfig):
         60.0, gt=0, description="How soon a worker whose check failed or came to no end is checked again."
     )
     parity_concurrency: int = Field(8, ge=1, description="Workers that are checked at the same time.")
+
+    tenants: Path | None = Field(
+        None, description="YAML file of tenants with their keys and limits; with it, requests need a key."
+    )
+    cache_salt_secret: SecretStr | None = Field(
+        None, description="What tenants' cache salts are made from: 32 characters or more, in every gateway."
+    )
 
     tokenizers: dict[str, str] = Field(
         default_factory=dict, description="Tokenizer directory by model, where the engines' path is not ours."
@@ -101,6 +112,17 @@ class GatewayConfig(IndexConfig):
     receipt_hashes: int = Field(
         512, ge=1, description="Most block hashes that a receipt keeps; longer prompts keep them at a stride."
     )
+
+    @model_validator(mode="after")
+    def _can_salt(self) -> GatewayConfig:
+        if self.tenants is not None:
+            secret = self.cache_salt_secret.get_secret_value() if self.cache_salt_secret else ""
+            if len(secret) < MIN_SECRET_LENGTH:
+                raise ValueError(
+                    f"tenants need a cache_salt_secret of {MIN_SECRET_LENGTH} random characters or more, "
+                    "such as `openssl rand -base64 32` prints, in KVLANE_CACHE_SALT_SECRET of every gateway"
+                )
+        return self
 
     @classmethod
     def settings_customise_sources(

@@ -101,6 +101,7 @@ class KvRouter:
         request_id = request.headers.get("x-request-id") or secrets.token_hex(8)
         path = request.path.partition("?")[0]
         receipt = Receipt(decision_id=secrets.token_hex(8), request_id=request_id, path=path)
+        receipt.tenant = request.caller.tenant if request.caller else None
         try:
             return await self._decide(request, receipt)
         except RequestError as error:
@@ -284,6 +285,7 @@ class KvRouter:
             receipt.destinations,
             request_headers=request_headers,
             response_headers=response_headers,
+            num_prompt_tokens=receipt.prompt_tokens,
         )
 
     def _learn(self, choice: Choice, ttft_ms: float) -> None:

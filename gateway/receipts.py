@@ -29,6 +29,7 @@ class Receipt(msgspec.Struct, kw_only=True):
     path: str
     at: float = msgspec.field(default_factory=time.time)
     """Unix time in seconds."""
+    tenant: str | None = None
     model: str | None = None
     mode: str = ""
     fallback: str | None = None

@@ -23,6 +23,7 @@ from gateway.probe import worker_client
 from gateway.rates import Rates
 from gateway.readiness import Readiness
 from gateway.receipts import Receipts
+from gateway.tenants.serve import gated
 from gateway.tokens.reader import PromptReader
 from kvindex.errors import IndexUnavailable
 from kvindex.redis_index import RedisIndexReader
@@ -65,7 +66,8 @@ async def run(config: GatewayConfig) -> None:
         readiness = Readiness()
         app = create_app(router, fleet, index, rates=rates, receipts=receipts, readiness=readiness)
         await exits.enter_async_context(_serve_admin(app, admin_socket))
-        port = await exits.enter_async_context(serve_envoy(config, router, fleet, readiness))
+        front = await exits.enter_async_context(gated(config, router))
+        port = await exits.enter_async_context(serve_envoy(config, front, fleet, readiness))
         log.info("gateway listens", port=port, admin_port=admin_socket.getsockname()[1])
         async with asyncio.TaskGroup() as tasks:
             serving = tasks.create_task(_serve(config, fleet, reader, watch, readiness))

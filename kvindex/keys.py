@@ -6,6 +6,7 @@ the directory as KEYS[1] and append the suffixes below, which `lua_names` hands 
 | key                      | type | holds                                           | until             |
 |--------------------------|------|-------------------------------------------------|-------------------|
 | kvlane:pools             | hash | pool id -> msgpack of the pool                  | never             |
+| kvlane:gateways          | zset | gateways that share limits, by expiry           | expired           |
 | kvlane:{pool}            | hash | number of buckets, sets of slots, counters      | never             |
 | kvlane:{pool}:b:<bucket> | hash | 8-byte block hash -> set of slots               | emptied           |
 | kvlane:{pool}:live       | str  | a `LIVE_ROW` a slot: lease, charge, load        | last slot fenced  |
@@ -31,6 +32,7 @@ from collections.abc import Iterable
 from kvindex.blocks import Pool
 
 POOLS = "kvlane:pools"
+GATEWAYS = "kvlane:gateways"
 
 ABANDONED_AFTER_LEASES = 10
 """A worker is unmatched once its lease is over, and may resume with all its blocks until it has been

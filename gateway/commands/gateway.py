@@ -27,6 +27,11 @@ def gateway(
         str | None, typer.Option(metavar="HOST:PORT", help="Health, metrics, fleet and receipts.")
     ] = None,
     redis_url: Annotated[str | None, typer.Option(help="The Redis that holds the index.")] = None,
+    tenants: Annotated[
+        Path | None,
+        typer.Option(help="YAML file of tenants with their keys and limits; see `kvlane tenant`."),
+    ] = None,
 ) -> None:
     """Decide where each request goes, beside Envoy."""
-    uvloop.run(run(load_config(config, listen=listen, admin_listen=admin_listen, redis_url=redis_url)))
+    options = {"listen": listen, "admin_listen": admin_listen, "redis_url": redis_url, "tenants": tenants}
+    uvloop.run(run(load_config(config, **options)))

@@ -88,7 +88,7 @@ class TenantGate:
             with _counting(tenant, "routing"):
                 decision = await self._decided(request)
             self._running[decision.decision_id] = tenant.name
-            num_tokens = 0 if body is None else decision.num_prompt_tokens
+            num_tokens = (decision.num_prompt_tokens or estimate) if estimate else 0
         except BaseException:
             self._leave(tenant.name)
             raise

@@ -8,8 +8,6 @@ import hmac
 
 import msgspec
 
-MIN_SECRET_BYTES = 32
-
 
 def cache_salt(secret: bytes, tenant: str, client_salt: str | None) -> str:
     """Return the salt for a tenant's request: 43 characters of base64url.

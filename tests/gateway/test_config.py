@@ -51,3 +51,16 @@ def test_address_splits_into_host_and_port(address, parts):
 def test_address_needs_host_and_port(address):
     with pytest.raises(ValueError, match="expected host:port"):
         split_address(address)
+
+
+@pytest.mark.parametrize("secret", [None, "", "short"])
+def test_tenants_need_a_secret_that_cannot_be_guessed(tmp_path, secret):
+    with pytest.raises(ConfigError, match="openssl rand") as caught:
+        load_config(tenants=tmp_path / "tenants.yaml", cache_salt_secret=secret)
+    assert not secret or secret not in str(caught.value)
+
+
+def test_secrets_are_shown_nowhere(monkeypatch):
+    monkeypatch.setenv("KVLANE_CACHE_SALT_SECRET", "sesame" * 8)
+    monkeypatch.setenv("KVLANE_WORKER_API_KEY", "sesame")
+    assert "sesame" not in repr(load_config())

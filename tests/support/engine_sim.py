@@ -25,9 +25,12 @@ import jinja2.sandbox
 import msgspec
 import uvicorn
 from starlette.applications import Starlette
+from starlette.datastructures import Headers
+from starlette.middleware import Middleware
 from starlette.requests import Request
 from starlette.responses import JSONResponse, Response, StreamingResponse
 from starlette.routing import Route
+from starlette.types import ASGIApp, Receive, Scope, Send
 from tokenizers import Tokenizer
 
 from kvindex.config import PublisherConfig
@@ -67,6 +70,21 @@ class Prompts:
         ]
 
 
+class Guard:
+    """Lets nobody in without the key, where vLLM does not either."""
+
+    def __init__(self, app: ASGIApp, key: str) -> None:
+        self._app = app
+        self._key = key
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        app: ASGIApp = self._app
+        is_guarded = scope["type"] == "http" and scope["path"].startswith(("/v1", "/inference"))
+        if is_guarded and Headers(scope=scope).get("authorization") != f"Bearer {self._key}":
+            app = JSONResponse({"error": "Unauthorized"}, status_code=401)
+        await app(scope, receive, send)
+
+
 class Api:
     """The HTTP side."""
 
@@ -82,6 +100,7 @@ class Api:
         self.finished: list[dict[str, Any]] = []
         self.app = Starlette(
             lifespan=lifespan,
+            middleware=[Middleware(Guard, key=options.api_key)] if options.api_key else [],
             routes=[
                 Route("/v1/chat/completions", self.chat, methods=["POST"]),
                 Route("/v1/completions", self.completions, methods=["POST"]),
@@ -299,6 +318,7 @@ def parse(arguments: Sequence[str] | None = None) -> argparse.Namespace:
     parser.add_argument("--lease-ms", type=int, default=1_000)
     parser.add_argument("--events", default="inproc://kv-events")
     parser.add_argument("--replay")
+    parser.add_argument("--api-key", help="bearer token that requests need, as with `vllm serve`")
     engine_flaws.add_flags(parser)
     return parser.parse_args(arguments)
 
