@@ -1,6 +1,7 @@
 import json
 
 import pytest
+from structlog.testing import capture_logs
 
 from gateway.decision import End
 from gateway.errors import ProtocolViolation, RequestError
@@ -194,6 +195,17 @@ async def test_defect_of_the_router_costs_only_the_pick(session, router, mode):
     assert head.response_headers.response == wire.CommonResponse()
     await session.finish()
     assert router.finished == []
+
+
+async def test_a_defect_is_logged_without_its_message(session, router):
+    async def fail(_):
+        raise KeyError("what the client wrote")
+
+    router.script = fail
+    with capture_logs() as lines:
+        await answers(session, extproc.request_headers(), extproc.request_body(b"{}"))
+    assert lines[0]["error"] == "KeyError"
+    assert "what the client wrote" not in str(lines)
 
 
 @pytest.mark.parametrize(
