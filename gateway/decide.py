@@ -127,6 +127,8 @@ class KvRouter:
         if receipt is None:
             return
         receipt.served = served
+        if served.status == 200 and receipt.streamed and served.ttft_ms is not None:
+            metrics.TTFT_SECONDS.observe(served.ttft_ms / 1000)
         # A proxy that follows the endpoint picker protocol may not tell who served.
         went_astray = served.worker is None and served.status != 200
         if went_astray or served.worker not in (None, receipt.destinations[0]):

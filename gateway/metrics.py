@@ -32,6 +32,11 @@ STEP_SECONDS = Histogram(
     ["step"],
     buckets=(0.0002, 0.0005, 0.001, 0.002, 0.005, 0.01, 0.02, 0.05, 0.1, 0.2, 0.5, 1.0),
 )
+TTFT_SECONDS = Histogram(
+    "kvlane_gateway_ttft_seconds",
+    "Measured time to first token of streamed requests that were answered 200.",
+    buckets=(0.01, 0.02, 0.05, 0.1, 0.2, 0.5, 1.0, 2.0, 5.0, 10.0, 30.0, 60.0),
+)
 TTFT_ERROR_SECONDS = Histogram(
     "kvlane_gateway_ttft_error_seconds",
     "Distance of measured from predicted time to first token of streamed requests.",
