@@ -15,6 +15,7 @@ from pydantic_settings import (
     YamlConfigSettingsSource,
 )
 
+from gateway.service import Admission
 from kvindex.config import IndexConfig, describe
 from kvindex.errors import ConfigError
 
@@ -107,7 +108,17 @@ class GatewayConfig(IndexConfig):
     prefill_tokens_per_s: float = Field(
         10_000, gt=0, description="A worker's prefill speed before any was measured."
     )
-    retry_after_s: int = Field(1, ge=1, description="Retry-After of a 503.")
+    admission: Admission = Field(
+        Admission.OFF,
+        description="Whether requests that no worker can begin in time, or that are over their tenant's "
+        "share, are refused (enforce), counted (shadow) or not looked for (off).",
+    )
+    fair_share_queue_ms: float = Field(
+        1_000, gt=0, description="Queue at every worker from which tenants are held to their shares."
+    )
+    retry_after_s: int = Field(
+        1, ge=1, description="Retry-After of a 503, and of a 429 where nothing longer is known."
+    )
     receipts: int = Field(2_000, ge=1, description="Decisions that can be looked up afterwards.")
     receipt_hashes: int = Field(
         512, ge=1, description="Most block hashes that a receipt keeps; longer prompts keep them at a stride."

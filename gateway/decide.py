@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+import math
 import secrets
 import time
 from collections import Counter
@@ -14,6 +15,7 @@ from typing import Protocol
 import msgspec
 
 from gateway import metrics
+from gateway.admission import TTFT_TARGET_HEADER, AdmissionDesk
 from gateway.calls import Calls
 from gateway.chains import Chain
 from gateway.config import GatewayConfig
@@ -25,6 +27,7 @@ from gateway.plan import Choice, Demand, least_loaded, num_requests, plan
 from gateway.rates import Rates
 from gateway.receipts import Receipt, Receipts
 from gateway.reserve import Charge, Reserver
+from gateway.service import prefer
 from gateway.tokens.models import ServedModel
 from gateway.tokens.request import ReadRequest
 from kvindex.errors import IndexUnavailable
@@ -78,6 +81,7 @@ class KvRouter:
         self._lookup = Lookup(index, fleet, rates, max_hashes=config.receipt_hashes)
         self._calls = Calls()
         self._reserver = Reserver(config, index, self._calls)
+        self._desk = AdmissionDesk(config)
         self._in_flight: dict[str, _InFlight] = {}
         self._requests: Counter[str] = Counter()
 
@@ -101,8 +105,9 @@ class KvRouter:
         request_id = request.headers.get("x-request-id") or secrets.token_hex(8)
         path = request.path.partition("?")[0]
         receipt = Receipt(decision_id=secrets.token_hex(8), request_id=request_id, path=path)
-        receipt.tenant = request.caller.tenant if request.caller else None
         try:
+            receipt.tenant = request.caller.tenant if request.caller else None
+            receipt.ttft_target_ms = _ttft_target_ms(request)
             return await self._decide(request, receipt)
         except RequestError as error:
             metrics.REJECTED.labels(error.status).inc()
@@ -114,6 +119,7 @@ class KvRouter:
         if flight is None:
             return
         flight.receipt.end = end
+        self._desk.give_back(flight.receipt)
         metrics.IN_FLIGHT.dec()
         self._requests[flight.worker.worker_id] -= 1
         if not self._requests[flight.worker.worker_id]:
@@ -129,6 +135,7 @@ class KvRouter:
         receipt.served = served
         if served.status == 200 and receipt.streamed and served.ttft_ms is not None:
             metrics.TTFT_SECONDS.observe(served.ttft_ms / 1000)
+        self._desk.measure(receipt)
         # A proxy that follows the endpoint picker protocol may not tell who served.
         went_astray = served.worker is None and served.status != 200
         if went_astray or served.worker not in (None, receipt.destinations[0]):
@@ -165,7 +172,8 @@ class KvRouter:
         charge = None
         if receipt.model is not None and (read or receipt.fallback):
             served = self._served(receipt.model)
-            choices, charge = await self._plan(_demand(request, receipt.model, read), served, read, receipt)
+            demand = _demand(request, receipt.model, read)
+            choices, charge = await self._plan(demand, served, read, receipt)
         receipt.choices = choices
         if choices and (reason := choices[0].candidate.degraded):
             receipt.fallback = receipt.fallback or f"parity_{reason}"
@@ -229,9 +237,18 @@ class KvRouter:
         with _step(receipt, "plan"):
             foreseen = self._reserver.foreseen(found.candidates)
             choices = plan(demand, foreseen, seed=int(receipt.decision_id, 16))
+            choices = prefer(choices, receipt.ttft_target_ms)
         if choices:
+            receipt.choices = choices
+            receipt.verdict = self._desk.judge(receipt)
             with _step(receipt, "reserve"):
-                charged = await self._reserver.charge(receipt.decision_id, demand, found.candidates, choices)
+                charged = await self._reserver.charge(
+                    receipt.decision_id,
+                    demand,
+                    found.candidates,
+                    choices,
+                    ttft_target_ms=receipt.ttft_target_ms,
+                )
             receipt.replans = charged.replans
             if charged.choices:
                 return charged.choices, charged.charge
@@ -282,6 +299,7 @@ class KvRouter:
         self._receipts.add(receipt)
         self._requests[chosen.worker_id] += 1
         self._in_flight[decision_id] = _InFlight(receipt, chosen, charge)
+        self._desk.take(request.caller, receipt)
         return Decision(
             decision_id,
             receipt.destinations,
@@ -338,6 +356,23 @@ def _demand(request: HttpRequest, model: str | None, read: ReadRequest | None) -
         endpoints=request.candidates,
         dp_rank=int(rank) if rank.isascii() and rank.isdecimal() else None,
     )
+
+
+def _ttft_target_ms(request: HttpRequest) -> float | None:
+    """Return the request's own target, or its key's.
+
+    Raises:
+        RequestError: 400, the header is no time.
+    """
+    if (given := request.headers.get(TTFT_TARGET_HEADER)) is None:
+        return request.caller.ttft_target_ms if request.caller else None
+    try:
+        target_ms = float(given)
+    except ValueError:
+        target_ms = 0.0
+    if not 0 < target_ms < math.inf:
+        raise RequestError(400, f"{TTFT_TARGET_HEADER} must be a time in milliseconds, such as 800.")
+    return target_ms
 
 
 @contextlib.contextmanager

@@ -26,7 +26,7 @@ _SLOW_S = 60.0
 # before it listens.
 _PORTS = range(12_000, 32_000)
 # Engines that compute on the gateway's own cores keep it waiting; that is no reason to route blindly.
-_PATIENCE = {"KVLANE_INDEX_DEADLINE_MS": "1000", "KVLANE_TOKENIZE_DEADLINE_MS": "1000"}
+PATIENCE = {"KVLANE_INDEX_DEADLINE_MS": "1000", "KVLANE_TOKENIZE_DEADLINE_MS": "1000"}
 
 EngineCommand = Callable[[int, str], Sequence[str]]
 """Port and Redis URL to the command line of an engine that listens there and publishes itself."""
@@ -77,7 +77,7 @@ class LocalFleet:
     def start_gateway(self) -> None:
         """Start the gateway, or start it again."""
         command = kvlane("gateway", "--listen", self._gateway, "--admin-listen", self.admin)
-        self._start("gateway", [*command, "--redis-url", self.redis_url], env=_PATIENCE)
+        self._start("gateway", [*command, "--redis-url", self.redis_url], env=PATIENCE)
 
     def start_engine(self, number: int) -> None:
         """Start an engine, or start it again on its old port."""

@@ -56,3 +56,13 @@ POOL_EXACT = Gauge(
 )
 UNREACHABLE_ENDPOINTS = Gauge("kvlane_gateway_unreachable_endpoints", "Live endpoints that refuse us.")
 INDEX_AVAILABLE = Gauge("kvlane_gateway_index_available", "1 while the index answers, 0 otherwise.")
+ADMISSIONS = Counter(
+    "kvlane_gateway_admissions",
+    "Requests with a target or a tenant, by what the plan meant for them and what became of them.",
+    ["tenant", "verdict", "action"],
+)
+TTFT_TARGETS = Counter(
+    "kvlane_gateway_ttft_targets",
+    "Streamed requests with a target, by whether their first token was measured within it: met, missed.",
+    ["tenant", "outcome"],
+)

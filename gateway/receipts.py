@@ -16,6 +16,7 @@ import msgspec
 from gateway.chains import Chain
 from gateway.decision import End, Served
 from gateway.plan import Choice
+from gateway.service import Verdict
 
 _VIEWED_APART = frozenset({"choices", "chains"})
 
@@ -44,6 +45,9 @@ class Receipt(msgspec.Struct, kw_only=True):
     """Every candidate, best first; empty where the index was not asked."""
     excluded: dict[str, str] = {}
     """Worker id to the reason why it was no candidate."""
+    ttft_target_ms: float | None = None
+    verdict: Verdict | None = None
+    """What the plan meant for the target and the tenant's share; None where neither was looked at."""
     chosen: str | None = None
     """Worker id."""
     destinations: tuple[str, ...] = ()

@@ -13,6 +13,7 @@ from gateway import metrics
 from gateway.calls import Calls
 from gateway.config import GatewayConfig
 from gateway.plan import Candidate, Choice, Demand, plan
+from gateway.service import prefer
 from kvindex.blocks import Pool
 from kvindex.errors import IndexUnavailable
 from kvindex.index import IndexReader
@@ -73,6 +74,8 @@ class Reserver:
         demand: Demand,
         candidates: tuple[Candidate, ...],
         choices: tuple[Choice, ...],
+        *,
+        ttft_target_ms: float | None = None,
     ) -> Charged:
         """Charge the best of `choices`; where loads have grown since, plan again with the new ones.
 
@@ -83,6 +86,7 @@ class Reserver:
             candidates: as the index told them.
             choices: the plan for `foreseen(candidates)`; not empty. The result's may be, if every worker
                 has gone.
+            ttft_target_ms: what the plan was ordered for.
         """
         replans = 0
         while True:
@@ -101,6 +105,7 @@ class Reserver:
             metrics.REPLANS.inc()
             candidates = tuple(_refreshed(candidates, charge.pool, reservation.states))
             choices = plan(demand, self.foreseen(candidates), seed=int(decision_id, 16))
+            choices = prefer(choices, ttft_target_ms)
             if not choices or is_last:
                 return Charged(choices, charge, replans)
 

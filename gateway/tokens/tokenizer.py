@@ -6,6 +6,7 @@ Source: vLLM 0.32 `vllm/renderers/params.py` (TokenizeParams), `vllm/tokenizers/
 from __future__ import annotations
 
 import asyncio
+import threading
 from array import array
 from collections.abc import Sequence
 from concurrent.futures import Executor
@@ -31,6 +32,9 @@ log = structlog.get_logger(__name__)
 
 RETRY_S = 30.0
 """How long a tokenizer that could not be loaded is not tried again."""
+
+_IMPORTING = threading.Lock()
+"""transformers fills its namespace on demand, which fails where two threads ask at once."""
 
 # With these beside each other, the engine takes Mistral's tokenizer instead of the one in tokenizer.json.
 _MISTRAL_FILES = ("tekken.json", "consolidated.safetensors")
@@ -113,8 +117,9 @@ class ModelTokenizer:
         Raises:
             TokenizerError: it cannot be had, or only the engine can apply it.
         """
-        from transformers import AutoTokenizer, PreTrainedConfig
-        from transformers.utils.hub import has_file
+        with _IMPORTING:
+            from transformers import AutoTokenizer, PreTrainedConfig
+            from transformers.utils.hub import has_file
 
         source = model.tokenizer
         where = f"tokenizer of {model.base} ({source})"

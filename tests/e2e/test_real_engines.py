@@ -18,7 +18,17 @@ import pytest
 from prometheus_client.parser import text_string_to_metric_families
 
 from deploy.demo.model import ENGINE_ENV, NAME
-from gateway.local_fleet import FleetOptions, LocalFleet, free_address, local_fleet, serve_command
+from gateway.local_fleet import (
+    PATIENCE,
+    FleetOptions,
+    LocalFleet,
+    answers,
+    free_address,
+    kvlane,
+    local_fleet,
+    serve_command,
+)
+from gateway.tenants.keys import hash_key, new_key
 from tests.support.doctor import report
 from tests.support.fleet import eventually, parities, registered, settled
 from tests.support.lora_adapter import RANK, make_adapter
@@ -137,6 +147,67 @@ def test_an_adapter_shares_nothing_with_another_or_with_the_base_model(fleet):
         assert ask(fleet, messages, model=model).matched_tokens >= 8 * BLOCK_SIZE
         settled(fleet)
     assert sum(hits(engine) for engine in fleet.engines) >= before + 3 * 8 * BLOCK_SIZE
+
+
+@dataclass
+class Gate:
+    url: str
+    keys: dict[str, str]
+
+    def ask(self, tenant: str, path: str, body: dict[str, object]) -> int:
+        """Return the prompt tokens that the index promised."""
+        bearer = {"authorization": f"Bearer {self.keys[tenant]}"}
+        body = {"max_tokens": 4, "temperature": 0, **body}
+        response = httpx.post(f"{self.url}{path}", json=body, headers=bearer, timeout=60)
+        assert response.status_code == 200, response.text
+        assert "x-kvlane-fallback" not in response.headers
+        return int(response.headers["x-kvlane-matched-tokens"])
+
+
+@pytest.fixture(scope="module")
+def gate(fleet: LocalFleet, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Gate]:
+    """A second gateway and Envoy before the same engines, which tell two tenants apart."""
+    keys = {tenant: new_key() for tenant in ("acme", "beta")}
+    file = tmp_path_factory.mktemp("tenants") / "tenants.yaml"
+    lines = [f"- {{name: {name}, keys: [{{sha256: {hash_key(key)}}}]}}" for name, key in keys.items()]
+    file.write_text("\n".join(["tenants:", *lines]))
+    listen, envoy_admin, gateway, admin = (free_address() for _ in range(4))
+    where = ("--listen", gateway, "--admin-listen", admin, "--redis-url", fleet.redis_url)
+    env = {**PATIENCE, "KVLANE_CACHE_SALT_SECRET": "s" * 32, "KVLANE_PARITY_PROBE": "false"}
+    fleet.processes.start("gateway-tenants", kvlane("gateway", *where, "--tenants", str(file)), env)
+    fleet.start_envoy("envoy-tenants", listen, envoy_admin, "--gateway", gateway, "--fail-closed")
+    models = {"authorization": f"Bearer {keys['acme']}"}
+    eventually(lambda: answers(f"http://{admin}/ready"), timeout_s=60)
+    eventually(
+        lambda: httpx.get(f"http://{listen}/v1/models", headers=models).status_code == 200, timeout_s=30
+    )
+    yield Gate(f"http://{listen}", keys)
+    fleet.processes.stop("envoy-tenants", "gateway-tenants")
+
+
+@pytest.mark.parametrize("model", [NAME, *ADAPTERS])
+@pytest.mark.parametrize("api", ["chat", "text", "tokens"])
+def test_tenants_share_no_match_and_no_hit_of_an_engine(fleet, gate, model, api):
+    text = f"{api} with {model}. {SYSTEM}"
+    path, body = {
+        "chat": ("/v1/chat/completions", {"messages": [{"role": "user", "content": text}]}),
+        "text": ("/v1/completions", {"prompt": text}),
+        "tokens": ("/v1/completions", {"prompt": [5 + len(model) + each for each in range(400)]}),
+    }[api]
+    body["model"] = model
+
+    def gained(tenant: str, **fields: object) -> tuple[int, int]:
+        before = sum(hits(engine) for engine in fleet.engines)
+        matched = gate.ask(tenant, path, body | fields)
+        settled(fleet)
+        return matched, sum(hits(engine) for engine in fleet.engines) - before
+
+    assert gained("acme") == (0, 0)
+    assert gained("beta") == (0, 0)
+    assert gained("beta", cache_salt="acme") == (0, 0)
+    for tenant in gate.keys:
+        matched, found = gained(tenant)
+        assert matched == found >= 8 * BLOCK_SIZE
 
 
 def test_a_killed_engine_gets_no_request_after_its_lease(fleet):

@@ -5,12 +5,13 @@ import contextlib
 import json
 import re
 from collections import Counter
+from dataclasses import replace
 
 import pytest
 
 from gateway.config import GatewayConfig
 from gateway.decide import KvRouter, named_model
-from gateway.decision import End, HttpRequest, Served
+from gateway.decision import Caller, End, HttpRequest, Served
 from gateway.errors import RequestError, TokenizerError
 from gateway.fleet import Fleet
 from gateway.parity import Reason, degraded
@@ -629,3 +630,78 @@ async def test_nothing_is_learned_from_a_worker_whose_cache_is_not_known(bench):
     decision = await bench.decide(stream=True)
     bench.router.record(served(decision, worker="a:1", ttft_ms=1.0))
     assert bench.rates.prefill_tokens_per_s(worker) == before
+
+
+async def test_a_target_sends_to_whoever_meets_it_with_least_to_compute(make):
+    bench = make(admission="shadow")
+    await bench.join("idle:1")
+    await bench.join("holder:1", blocks=blocks_of(), load=Load(waiting_prefill_tokens=500))
+    for target_ms, chosen, verdict in [(2_000, "holder:1", "in_time"), (100, "idle:1", "late")]:
+        assert (without := await bench.decide()).destinations[0] == "idle:1"
+        await bench.router.finish(without.decision_id, End.COMPLETE)
+        await bench.router.stop()
+        decision = await bench.decide(headers={"x-kvlane-ttft-target-ms": str(target_ms)})
+        assert decision.destinations[0] == chosen
+        receipt = bench.receipt(decision)
+        assert (receipt.ttft_target_ms, receipt.verdict) == (target_ms, verdict)
+        assert receipt.view()["verdict"] == verdict
+        await bench.router.finish(decision.decision_id, End.COMPLETE)
+        await bench.router.stop()
+
+
+async def test_a_target_holds_when_the_plan_is_made_again(make):
+    bench, other = make(), make()
+    await bench.join("idle:1", "other:1")
+    await bench.join("holder:1", blocks=blocks_of())
+    other.index._index = bench.memory
+    await other.fleet.poll()
+    bench.index.release.clear()
+    deciding = asyncio.create_task(bench.decide(headers={"x-kvlane-ttft-target-ms": "5000"}))
+    await bench.index.charging.wait()
+    # Another gateway charges the holder meanwhile; it still meets the target.
+    assert (await other.decide()).destinations[0] == "holder:1"
+    bench.index.release.set()
+    decision = await deciding
+    assert bench.receipt(decision).replans == 1
+    assert decision.destinations[0] == "holder:1"
+
+
+@pytest.mark.parametrize("given", ["soon", "0", "-5", "nan", "inf", ""])
+async def test_a_target_that_is_no_time_is_refused(bench, given):
+    await bench.join("a:1")
+    with pytest.raises(RequestError) as caught:
+        await bench.decide(headers={"x-kvlane-ttft-target-ms": given})
+    assert caught.value.status == 400
+
+
+async def test_what_no_worker_can_begin_in_time_is_refused_and_leaves_nothing(make):
+    bench = make(admission="enforce")
+    await bench.join("a:1", load=Load(waiting_prefill_tokens=3_000))
+    with pytest.raises(RequestError) as caught:
+        await bench.decide(headers={"x-kvlane-ttft-target-ms": "500"})
+    assert (caught.value.status, caught.value.retry_after_s) == (429, 3)
+    assert "3400 ms" in caught.value.message
+    assert bench.charges() == {}
+    assert (await bench.decide()).destinations == ("a:1",)
+
+
+async def test_a_tenant_over_its_share_of_a_busy_fleet_is_refused_until_it_has_less(make):
+    bench = make(admission="enforce", fair_share_queue_ms=1_000)
+    await bench.join("a:1")
+
+    async def ask(tenant, number):
+        request = completion(tuple(range(number * 1000, number * 1000 + 400)))
+        return await bench.router.decide(replace(request, caller=Caller(tenant)))
+
+    # Alone, it may have all; then another comes, whose share is as large.
+    greedy = [await ask("greedy", number) for number in range(6)]
+    modest = await ask("modest", 10)
+    with pytest.raises(RequestError, match="more than its share") as caught:
+        await ask("greedy", 11)
+    assert caught.value.status == 429
+    await bench.router.finish(modest.decision_id, End.COMPLETE)
+    again = await ask("greedy", 12)
+    assert bench.receipt(again).tenant == "greedy"
+    for decision in (*greedy, again):
+        await bench.router.finish(decision.decision_id, End.COMPLETE)
+    assert (await ask("greedy", 13)).destinations == ("a:1",)
