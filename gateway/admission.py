@@ -36,10 +36,8 @@ class AdmissionDesk:
         if self._mode is Admission.OFF or (receipt.ttft_target_ms is None and receipt.tenant is None):
             return None
         verdict = self._verdict(receipt)
-        is_refused = self._mode is Admission.ENFORCE and verdict is not Verdict.IN_TIME
-        action = "refused" if is_refused else "sent"
-        metrics.ADMISSIONS.labels(receipt.tenant or NO_TENANT, verdict, action).inc()
-        if is_refused:
+        metrics.ADMISSIONS.labels(receipt.tenant or NO_TENANT, verdict).inc()
+        if self._mode is Admission.ENFORCE and verdict is not Verdict.IN_TIME:
             raise self._refusal(receipt, verdict)
         return verdict
 

@@ -58,8 +58,8 @@ UNREACHABLE_ENDPOINTS = Gauge("kvlane_gateway_unreachable_endpoints", "Live endp
 INDEX_AVAILABLE = Gauge("kvlane_gateway_index_available", "1 while the index answers, 0 otherwise.")
 ADMISSIONS = Counter(
     "kvlane_gateway_admissions",
-    "Requests with a target or a tenant, by what the plan meant for them and what became of them.",
-    ["tenant", "verdict", "action"],
+    "Judged requests, by what the plan meant for them: in_time, late, over_share.",
+    ["tenant", "verdict"],
 )
 TTFT_TARGETS = Counter(
     "kvlane_gateway_ttft_targets",

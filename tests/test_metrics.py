@@ -23,6 +23,7 @@ LABELS = {
     "status",
     "step",
     "tenant",  # from the operator's file
+    "verdict",
     "worker",  # in a publisher's process there is one
 }
 """Labels whose values a client cannot make up."""

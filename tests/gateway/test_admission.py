@@ -39,8 +39,8 @@ def desk(mode, **options):
     return AdmissionDesk(GatewayConfig(admission=mode, **options))
 
 
-def count(tenant, verdict, action):
-    return metrics.ADMISSIONS.labels(tenant, verdict, action)._value.get()
+def count(tenant, verdict):
+    return metrics.ADMISSIONS.labels(tenant, verdict)._value.get()
 
 
 def test_off_judges_nothing():
@@ -57,21 +57,21 @@ def test_off_judges_nothing():
     ],
 )
 def test_shadow_counts_and_sends(given, verdict):
-    labels = (given.tenant or "-", verdict or Verdict.IN_TIME, "sent")
+    labels = (given.tenant or "-", verdict or Verdict.IN_TIME)
     before = count(*labels)
     assert desk("shadow").judge(given) is verdict
     assert count(*labels) == before + (verdict is not None)
 
 
 def test_enforce_refuses_with_the_time_by_which_it_would_be_late():
-    before = count("acme", Verdict.LATE, "refused")
+    before = count("acme", Verdict.LATE)
     with pytest.raises(RequestError) as caught:
         desk("enforce").judge(receipt(queue_ms=4_000, ttft_target_ms=600.0))
     error = caught.value
     assert (error.status, error.kind, error.retry_after_s) == (429, "RateLimitError", 4)
     assert "600 ms" in error.message
     assert "4100 ms" in error.message
-    assert count("acme", Verdict.LATE, "refused") == before + 1
+    assert count("acme", Verdict.LATE) == before + 1
 
 
 def test_shares_count_only_while_every_worker_has_a_queue():
