@@ -19,9 +19,9 @@ PAGE = ROOT / "docs" / "metrics.md"
 HEAD = """\
 # Metrics
 
-Gateways serve them at `/metrics` of the admin port, publishers at `metrics_port`. Durations are in seconds, sizes in
-bytes. Labels have few values: what a client sends is never one.
-[deploy/grafana/kvlane.json](../deploy/grafana/kvlane.json) is a dashboard of them, to be imported into Grafana.
+Gateways serve them at `/metrics` of the admin port, publishers at `metrics_port`. Durations are in seconds,
+sizes in bytes. Labels have few values: what a client sends is never one.
+[A dashboard](../deploy/grafana/kvlane.json) of them can be imported into Grafana.
 
 This page is made from the registry by `python -m tests.support.metrics_reference`.
 """
