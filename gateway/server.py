@@ -15,6 +15,7 @@ from fastapi import FastAPI
 from gateway.admin.app import create_app
 from gateway.config import GatewayConfig, split_address
 from gateway.decide import KvRouter
+from gateway.decision import Router
 from gateway.envoy_services import cannot_listen, serve_envoy
 from gateway.fleet import Fleet
 from gateway.parity_probe import ParityProber
@@ -25,7 +26,7 @@ from gateway.readiness import Readiness
 from gateway.receipts import Receipts
 from gateway.tenants.serve import gated
 from gateway.tokens.reader import PromptReader
-from kvindex.errors import IndexUnavailable
+from kvindex.errors import ConfigError, IndexUnavailable
 from kvindex.redis_index import RedisIndexReader
 
 log = structlog.get_logger(__name__)
@@ -37,7 +38,7 @@ async def run(config: GatewayConfig) -> None:
     Requests are taken as soon as the index has been read; until then only health is told.
 
     Raises:
-        ConfigError: an address cannot be listened on, or the Redis URL is none.
+        ConfigError: an address cannot be listened on, the Redis URL is none, or an extra is missing.
     """
     stopped = asyncio.Event()
     for number in (signal.SIGINT, signal.SIGTERM):
@@ -67,6 +68,8 @@ async def run(config: GatewayConfig) -> None:
         app = create_app(router, fleet, index, rates=rates, receipts=receipts, readiness=readiness)
         await exits.enter_async_context(_serve_admin(app, admin_socket))
         front = await exits.enter_async_context(gated(config, router))
+        if config.tracing:
+            front = await exits.enter_async_context(_traced(front, receipts))
         port = await exits.enter_async_context(serve_envoy(config, front, fleet, readiness))
         log.info("gateway listens", port=port, admin_port=admin_socket.getsockname()[1])
         async with asyncio.TaskGroup() as tasks:
@@ -74,6 +77,14 @@ async def run(config: GatewayConfig) -> None:
             await stopped.wait()
             log.info("gateway stops")
             serving.cancel()
+
+
+def _traced(router: Router, receipts: Receipts) -> contextlib.AbstractAsyncContextManager[Router]:
+    try:
+        from gateway.tracing import traced
+    except ModuleNotFoundError as error:
+        raise ConfigError(f"tracing needs {error.name}: pip install 'kvlane[otel]'") from error
+    return traced(router, receipts)
 
 
 async def _serve(
