@@ -25,8 +25,10 @@ class Layout(StrEnum):
     HND = "KBHTD"
     BLOCKS_NHD = "BKTHD"
     BLOCKS_HND = "BKHTD"
-    PACKED = "BHTKD"
-    """vLLM's CPU cache, (blocks, heads, tokens, 2 * D): the key, then the value, in one row."""
+    NHD_PAIRS = "BTHKD"
+    HND_PAIRS = "BHTKD"
+    PACKED = "BHX"
+    """vLLM's CPU cache: X is a head's keys and values of one block, in an order that its kernels choose."""
     MLA = "BTD"
     """One latent vector per token, which every tensor-parallel rank has whole."""
 
@@ -46,6 +48,8 @@ class Geometry(msgspec.Struct, frozen=True):
     """As torch calls it: `bfloat16`."""
     itemsize: int
     """Bytes of a number."""
+    packing: str = ""
+    """What the order in `X` depends on."""
     tp_rank: int = 0
     tp_size: int = 1
 
@@ -75,6 +79,8 @@ class Geometry(msgspec.Struct, frozen=True):
         """The axes of one block of a plane, with K and H also where their length is 1."""
         if self.layout is Layout.MLA:
             return "KTHD"
+        if self.layout is Layout.PACKED:
+            return "HX"
         axes = self.layout.replace("B", "")
         return axes if self.num_planes == 1 else "K" + axes.replace("K", "")
 
@@ -86,6 +92,7 @@ class Geometry(msgspec.Struct, frozen=True):
             "T": self.block_size,
             "H": len(self.heads),
             "D": self.head_size,
+            "X": 2 * self.block_size * self.head_size,
         }
         return tuple(lengths[axis] for axis in self.block_axes)
 
@@ -113,18 +120,18 @@ class Geometry(msgspec.Struct, frozen=True):
 
 def mismatch(ours: Geometry, theirs: Geometry) -> str | None:
     """Return why KV cannot be converted between the two, or None if it can be."""
-    for name in ("num_layers", "num_heads", "head_size", "dtype", "itemsize"):
+    names = ["num_layers", "num_heads", "head_size", "dtype", "itemsize", "packing"]
+    if Layout.PACKED in (ours.layout, theirs.layout):
+        names.append("block_size")  # of such blocks, only heads can be taken out
+    for name in names:
         here, there = getattr(ours, name), getattr(theirs, name)
         if here != there:
             return f"{name} is {here} here and {there} there"
-    if ours.num_kinds != theirs.num_kinds:
+    if ours.num_kinds != theirs.num_kinds or (ours.layout is Layout.PACKED) != (
+        theirs.layout is Layout.PACKED
+    ):
         return f"the cache is {ours.layout.name} here and {theirs.layout.name} there"
     return None
-
-
-def look_alike(ours: Geometry, theirs: Geometry) -> bool:
-    """Return whether blocks can be copied as they lie."""
-    return (ours.layout, ours.block_size, ours.heads) == (theirs.layout, theirs.block_size, theirs.heads)
 
 
 class Source(msgspec.Struct, frozen=True):
@@ -189,20 +196,28 @@ class Chunk(msgspec.Struct, frozen=True, array_like=True):
 
 @dataclass(frozen=True, slots=True)
 class Wire:
-    """What two ranks have agreed to exchange."""
+    """What two ranks exchange."""
 
     is_blocks: bool
     """Blocks as they lie in both caches, instead of the canonical layout."""
     first_head: int
     num_heads: int
-    """Of the model's heads; meaningless for blocks."""
+    """Of the model's heads."""
+
+    @classmethod
+    def between(cls, sender: Geometry, receiver: Geometry, source: Source) -> Wire:
+        """Return how a receiver gets its heads from a sender with which there is no mismatch."""
+        is_blocks = (sender.layout, sender.block_size) == (receiver.layout, receiver.block_size) and (
+            sender.heads == receiver.heads or sender.layout is Layout.PACKED
+        )
+        return cls(is_blocks, source.first_head, source.num_heads)
 
     def chunk_bytes(self, geometry: Geometry, chunk: Chunk) -> int:
         """Return the size of a chunk, the same from either end's geometry."""
+        num_tokens = chunk.num_tokens
         if self.is_blocks:
-            blocks = block_span(chunk.tokens, geometry.block_size)
-            return chunk.num_layers * len(blocks) * geometry.block_bytes
-        return chunk.num_layers * chunk.num_tokens * geometry.row_bytes(self.num_heads)
+            num_tokens = len(block_span(chunk.tokens, geometry.block_size)) * geometry.block_size
+        return chunk.num_layers * num_tokens * geometry.row_bytes(self.num_heads)
 
 
 def block_span(tokens: range, block_size: int) -> range:
@@ -217,7 +232,7 @@ def plan_chunks(geometry: Geometry, wire: Wire, tokens: range, max_bytes: int) -
         ConfigError: one layer of one block does not fit.
     """
     size = geometry.block_size
-    block_bytes = geometry.block_bytes if wire.is_blocks else size * geometry.row_bytes(wire.num_heads)
+    block_bytes = size * geometry.row_bytes(wire.num_heads)
     max_blocks = max_bytes // block_bytes
     if not max_blocks:
         raise ConfigError(

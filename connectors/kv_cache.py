@@ -49,8 +49,11 @@ class KVCache:
         if wire.is_blocks:
             span = block_span(chunk.tokens, self.geometry.block_size)
             ids = self._index(block_ids[span.start : span.stop])
-            for plane, part in self._parts(chunk, len(ids), buffer):
-                torch.index_select(plane, 0, ids, out=part)
+            for plane, part in self._parts(chunk, len(ids), wire, buffer):
+                if part.shape[1:] == plane.shape[1:]:
+                    torch.index_select(plane, 0, ids, out=part)
+                else:
+                    part.copy_(plane.index_select(0, ids)[:, self._heads(wire)])
             return
         rows = self._rows(chunk, wire, buffer)
         heads = self._heads(wire)
@@ -69,8 +72,11 @@ class KVCache:
         if wire.is_blocks:
             span = block_span(chunk.tokens, self.geometry.block_size)
             ids = self._index(block_ids[span.start : span.stop])
-            for plane, part in self._parts(chunk, len(ids), buffer):
-                _put_blocks(plane, ids, part)
+            for plane, part in self._parts(chunk, len(ids), wire, buffer):
+                if part.shape[1:] == plane.shape[1:]:
+                    _put_blocks(plane, ids, part)
+                else:
+                    plane[ids, self._heads(wire)] = part
             return
         rows = self._rows(chunk, wire, buffer)
         heads = self._heads(wire)
@@ -122,11 +128,17 @@ class KVCache:
         return buffer.view(self._planes[0][0].dtype).view(shape)
 
     def _parts(
-        self, chunk: Chunk, num_blocks: int, buffer: torch.Tensor
+        self, chunk: Chunk, num_blocks: int, wire: Wire, buffer: torch.Tensor
     ) -> list[tuple[torch.Tensor, torch.Tensor]]:
-        """Return each plane of a chunk's layers with its (blocks, *block_shape) of a staging buffer."""
+        """Return each plane of a chunk's layers with its (blocks, *block_shape) of a staging buffer.
+
+        Of packed blocks, a part of the heads may be meant.
+        """
         planes = [plane for layer in chunk.layers for plane in self._planes[layer]]
-        parts = buffer.view(planes[0].dtype).view(len(planes), num_blocks, *self.geometry.block_shape)
+        shape = list(self.geometry.block_shape)
+        if self.geometry.layout is Layout.PACKED:
+            shape[0] = wire.num_heads
+        parts = buffer.view(planes[0].dtype).view(len(planes), num_blocks, *shape)
         return list(zip(planes, parts, strict=True))
 
 

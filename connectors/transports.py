@@ -64,7 +64,7 @@ def best_common(ours: Sequence[str], theirs: Sequence[str]) -> str | None:
     return next((name for name in TRANSPORTS if name in ours and name in theirs), None)
 
 
-class Wire:
+class TransportChoice:
     """The one transport of this process, opened when the first peer agrees on it.
 
     There is one, as UCXX and NIXL bring a UCX each and two of them in one process crash. A single name is

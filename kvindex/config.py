@@ -3,13 +3,15 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from typing import Any
+from typing import Any, TypeVar
 
 from pydantic import Field, ValidationError
 from pydantic_settings import BaseSettings, SettingsConfigDict
 
 from kvindex.errors import ConfigError
 from kvindex.redis_url import FORMS
+
+Config = TypeVar("Config", bound=BaseSettings)
 
 
 class IndexConfig(BaseSettings):
@@ -51,7 +53,12 @@ def index_config(redis_url: str) -> IndexConfig:
 
 
 def publisher_config(extra: Mapping[str, Any]) -> PublisherConfig:
-    """Build the publisher's settings from vLLM's `kv_connector_extra_config` and the environment.
+    """Build a publisher's settings; see `connector_config`."""
+    return connector_config(PublisherConfig, extra)
+
+
+def connector_config(kind: type[Config], extra: Mapping[str, Any]) -> Config:
+    """Build settings from vLLM's `kv_connector_extra_config` and the environment.
 
     Keys without the prefix `kvlane.` belong to others and are left alone.
 
@@ -61,7 +68,7 @@ def publisher_config(extra: Mapping[str, Any]) -> PublisherConfig:
     prefix = "kvlane."
     ours = {key.removeprefix(prefix): value for key, value in extra.items() if key.startswith(prefix)}
     try:
-        return PublisherConfig(**ours)
+        return kind(**ours)
     except ValidationError as error:
         raise ConfigError(describe(error)) from error
 

@@ -11,7 +11,6 @@ from connectors.geometry import (
     Layout,
     Wire,
     block_span,
-    look_alike,
     mismatch,
     num_receivers,
     plan_chunks,
@@ -40,6 +39,8 @@ def shape(geometry: Geometry) -> tuple[int, ...]:
     }
     if geometry.layout is Layout.PACKED:
         return (*(lengths[axis] for axis in "BHT"), 2 * geometry.head_size)
+    if geometry.layout in (Layout.NHD_PAIRS, Layout.HND_PAIRS):
+        return (*(lengths[axis] for axis in geometry.layout[:3]), 2 * geometry.head_size)
     return tuple(lengths[axis] for axis in geometry.layout)
 
 
@@ -69,7 +70,11 @@ class Rank:
                 return tensor[block, kind, slot, head]
             case Layout.BLOCKS_HND:
                 return tensor[block, kind, head, slot]
-            case Layout.PACKED:
+            case Layout.PACKED:  # the kernel's secret; any order will do
+                return tensor[block, head].view(2, geometry.block_size, -1)[kind, slot]
+            case Layout.NHD_PAIRS:
+                return tensor[block, slot, head].view(2, -1)[kind]
+            case Layout.HND_PAIRS:
                 return tensor[block, head, slot].view(2, -1)[kind]
             case Layout.MLA:
                 return tensor[block, slot]
@@ -85,14 +90,18 @@ class Rank:
         }
 
 
-HEAD_LAYOUTS = [layout for layout in Layout if layout is not Layout.MLA]
+HEAD_LAYOUTS = [layout for layout in Layout if layout not in (Layout.MLA, Layout.PACKED)]
 
 
 @st.composite
 def geometries(draw: st.DrawFn) -> tuple[Geometry, Geometry]:
     """Two caches of one model, rank 0 of each."""
-    is_mla = draw(st.booleans())
-    layouts = st.just(Layout.MLA) if is_mla else st.sampled_from(HEAD_LAYOUTS)
+    kind = draw(st.sampled_from([Layout.MLA, Layout.PACKED, None]))
+    is_mla = kind is Layout.MLA
+    layouts = st.just(kind) if kind else st.sampled_from(HEAD_LAYOUTS)
+    block_sizes = st.sampled_from([1, 2, 3, 4, 8])
+    if kind is Layout.PACKED:
+        block_sizes = st.just(draw(block_sizes))
     dtype = draw(st.sampled_from(sorted(DTYPES)))
     model = {
         "num_layers": draw(st.integers(1, 3)),
@@ -104,7 +113,7 @@ def geometries(draw: st.DrawFn) -> tuple[Geometry, Geometry]:
     first, second = (
         Geometry(
             layout=draw(layouts),
-            block_size=draw(st.sampled_from([1, 2, 3, 4, 8])),
+            block_size=draw(block_sizes),
             tp_size=draw(st.sampled_from([1, 2, 4])),
             **model,
         )
@@ -146,7 +155,7 @@ def test_what_arrives_is_what_was_sent_and_nothing_else_changes(
             if not source.num_heads:
                 continue
             sender = senders[source.tp_rank]
-            wire = Wire(look_alike(sender.geometry, receiver.geometry), source.first_head, source.num_heads)
+            wire = Wire.between(sender.geometry, receiver.geometry, source)
             sent = tokens
             if wire.is_blocks:
                 sent = range(tokens.start - tokens.start % here.block_size, tokens.stop)
@@ -203,6 +212,8 @@ LLAMA = Geometry(
         ({"dtype": "float8_e4m3fn", "itemsize": 1}, "dtype is bfloat16 here and float8_e4m3fn there"),
         ({"head_size": 128}, "head_size is 64 here and 128 there"),
         ({"layout": Layout.MLA}, "the cache is NHD here and MLA there"),
+        ({"layout": Layout.PACKED}, "the cache is NHD here and PACKED there"),
+        ({"layout": Layout.PACKED, "block_size": 32}, "block_size is 16 here and 32 there"),
     ],
 )
 def test_what_cannot_be_converted_has_a_reason(change: dict[str, object], reason: str):
@@ -210,9 +221,19 @@ def test_what_cannot_be_converted_has_a_reason(change: dict[str, object], reason
 
 
 def test_other_layouts_block_sizes_and_ranks_can_be_converted():
-    other = msgspec.structs.replace(LLAMA, layout=Layout.PACKED, block_size=128, tp_size=4, tp_rank=3)
+    other = msgspec.structs.replace(LLAMA, layout=Layout.HND_PAIRS, block_size=128, tp_size=4, tp_rank=3)
     assert mismatch(LLAMA, other) is None
-    assert not look_alike(LLAMA, other)
+    (source,) = sources(other, 1)
+    assert Wire.between(LLAMA, other, source) == Wire(False, first_head=6, num_heads=2)
+    assert Wire.between(LLAMA, LLAMA, sources(LLAMA, 1)[0]).is_blocks
+
+
+def test_packed_blocks_are_exchanged_between_equal_kernels_only():
+    packed = msgspec.structs.replace(LLAMA, layout=Layout.PACKED, packing="amx")
+    assert mismatch(packed, msgspec.structs.replace(packed, tp_size=2)) is None
+    assert mismatch(packed, msgspec.structs.replace(packed, packing="vec")) == (
+        "packing is amx here and vec there"
+    )
 
 
 def test_bad_shapes_are_refused():

@@ -2,13 +2,13 @@
 
 import pytest
 
-from connectors.transports import Wire, best_common, names
+from connectors.transports import TransportChoice, best_common, names
 from kvindex.errors import ConfigError
 
 
 def test_a_transport_that_does_not_exist_or_work_is_refused_at_the_start():
     with pytest.raises(ConfigError, match=r"no transport 'ib': choose among ucx, .*auto"):
-        Wire("ib")
+        TransportChoice("ib")
 
 
 def test_auto_is_what_is_installed():
@@ -23,9 +23,9 @@ def test_two_workers_use_the_best_that_both_have():
 
 
 async def test_a_process_has_one_transport():
-    wire = Wire("memory,ucx")
-    assert wire.transport is None
-    opened = wire.open("memory")
-    assert wire.names == ["memory"]
-    assert wire.open("memory") is opened
-    wire.close()
+    choice = TransportChoice("memory,ucx")
+    assert choice.transport is None
+    opened = choice.open("memory")
+    assert choice.names == ["memory"]
+    assert choice.open("memory") is opened
+    choice.close()
