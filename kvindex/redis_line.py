@@ -9,16 +9,15 @@ system calls on both ends.
 from __future__ import annotations
 
 import asyncio
-import contextlib
 import time
 from collections import deque
-from typing import Any
+from typing import Any, cast
 
+import hiredis
 import redis.connection
 from redis.asyncio.connection import AbstractConnection, ConnectionPool
 from redis.backoff import AbstractBackoff
 from redis.exceptions import ConnectionError as RedisConnectionError
-from redis.exceptions import RedisError, ResponseError
 from redis.exceptions import TimeoutError as RedisTimeoutError
 
 Command = tuple[str | bytes | int, ...]
@@ -138,8 +137,12 @@ def _retrieve(task: asyncio.Task[_Link]) -> None:
         task.exception()
 
 
-class _Link:
-    """A connection in use, until it breaks."""
+class _Link(asyncio.Protocol):
+    """A connection in use, until it breaks.
+
+    redis-py makes the connection and logs in. Then its transport speaks to this object: a stream's reader
+    and redis-py's parser would wake a task for every answer, which costs more than to read it.
+    """
 
     def __init__(self, pool: ConnectionPool, connection: AbstractConnection, timeout_s: float) -> None:
         self._pool = pool
@@ -147,63 +150,67 @@ class _Link:
         self._timeout_s = timeout_s
         self._loop = asyncio.get_running_loop()
         self._awaited: deque[asyncio.Future[Any]] = deque()
-        self._sending = asyncio.Lock()
-        # Its own timeouts cost more than all the rest of a call; `ask` has one for both ways.
-        self._former_timeout_s, connection.socket_timeout = connection.socket_timeout, None
+        # redis-py has no public way to the transport of a connection, nor to what makes its errors.
+        as_error = connection._parser.parse_error
+        self._answers = hiredis.Reader(protocolError=RedisConnectionError, replyError=as_error)
+        self._transport = cast("asyncio.StreamWriter", connection._writer).transport
+        self._transport.set_protocol(self)
         self.is_open = True
-        self._reading = asyncio.create_task(self._read())
+        self._given_back: asyncio.Task[None] | None = None
 
     async def ask(self, command: Command) -> Any:  # noqa: ANN401 (a reply of Redis)
-        packed = self._connection.pack_command(*command)
+        if not self.is_open:
+            raise RedisConnectionError("the connection was closed")
         answer = self._loop.create_future()
+        self._awaited.append(answer)
+        self._transport.write(b"".join(self._connection.pack_command(*command)))
         timer = self._loop.call_later(self._timeout_s, self._expire, answer)
         try:
-            async with self._sending:
-                if not self.is_open:
-                    raise RedisConnectionError("the connection was closed")
-                self._awaited.append(answer)
-                await self._connection.send_packed_command(packed, check_health=False)
             return await answer
         finally:
             timer.cancel()
 
     async def close(self) -> None:
-        self._reading.cancel()
-        with contextlib.suppress(asyncio.CancelledError):
-            await self._reading
+        self._break(RedisConnectionError("the connection was closed"))
+        if self._given_back is not None:
+            await asyncio.shield(self._given_back)
+
+    def data_received(self, data: bytes) -> None:
+        """Hand out the answers that have come."""
+        self._answers.feed(data)
+        try:
+            while self._awaited and (reply := self._answers.gets()) is not False:
+                self._hand_out(reply)
+        except RedisConnectionError as error:
+            self._break(error)
+
+    def connection_lost(self, exc: Exception | None) -> None:
+        """Tell the calls that wait."""
+        self._break(RedisConnectionError(f"the connection was closed: {exc or 'by Redis'}"))
+
+    def _hand_out(self, reply: Any) -> None:  # noqa: ANN401 (a reply of Redis)
+        answer = self._awaited.popleft()
+        if answer.done():
+            return  # whoever asked has gone
+        if isinstance(reply, Exception):
+            answer.set_exception(reply)
+        else:
+            answer.set_result(reply)
 
     def _expire(self, answer: asyncio.Future[Any]) -> None:
         if not answer.done():
             answer.set_exception(RedisTimeoutError(f"no answer for {self._timeout_s:g} s"))
-            self._reading.cancel()
+            self._break(RedisConnectionError("the connection was closed, for another call had no answer"))
 
-    async def _read(self) -> None:
-        """Hand out answers until the connection breaks; then the calls that wait hear of it."""
-        broken: Exception = RedisConnectionError("the connection was closed")
-        try:
-            while True:
-                await self._read_one()
-        except RedisError as error:
-            broken = error
-        finally:
-            self.is_open = False
-            for answer in self._awaited:
-                if not answer.done():
-                    answer.set_exception(broken)
-            self._connection.socket_timeout = self._former_timeout_s
-            await self._connection.disconnect(nowait=True)
-            await self._pool.release(self._connection)
+    def _break(self, reason: RedisConnectionError) -> None:
+        if not self.is_open:
+            return
+        self.is_open = False
+        for answer in self._awaited:
+            if not answer.done():
+                answer.set_exception(reason)
+        self._given_back = asyncio.create_task(self._give_back())
 
-    async def _read_one(self) -> None:
-        refusal = reply = None
-        try:
-            reply = await self._connection.read_response()
-        except ResponseError as error:
-            refusal = error
-        answer = self._awaited.popleft()
-        if answer.done():
-            return  # whoever asked has gone
-        if refusal is None:
-            answer.set_result(reply)
-        else:
-            answer.set_exception(refusal)
+    async def _give_back(self) -> None:
+        await self._connection.disconnect(nowait=True)
+        await self._pool.release(self._connection)
