@@ -33,7 +33,9 @@ class PublisherConfig(IndexConfig):
     endpoint: str = Field("", description="ip:port at which Envoy reaches this engine's OpenAI server.")
     lease_ms: int = Field(3_000, ge=200, description="A worker that is silent for this long is not matched.")
     heartbeat_ms: int = Field(500, ge=50, description="How often lease, load and digest are refreshed.")
-    flush_ms: int = Field(10, ge=0, description="Longest time a block waits to be written.")
+    flush_ms: int = Field(
+        50, ge=0, description="Longest time a block waits to be written; after a pause it does not wait."
+    )
     metrics_port: int = Field(
         0, ge=0, lt=65536, description="Port of the publisher's own Prometheus metrics; 0: none."
     )

@@ -53,8 +53,17 @@ class IndexWriter(Protocol):
                 is off.
         """
 
-    def apply(self, pool: Pool, slot: int, incarnation: str, batch: Batch) -> SlotState:
-        """Apply `batch` if it follows the last one; a batch already applied changes nothing.
+    def apply(self, pool: Pool, slot: int, incarnation: str, *batches: Batch) -> SlotState:
+        """Apply each batch if it follows the last one; a batch already applied changes nothing.
+
+        Every batch is a write of its own, and others' calls go between. After an error it is unknown how
+        many were applied, and repeating all of them is safe.
+
+        Args:
+            batches: at least one, by ascending sequence.
+
+        Returns:
+            The slot after the last of them.
 
         Raises:
             SlotLost: a sequence is missing, or the slot is unknown or fenced.
@@ -68,10 +77,13 @@ class IndexWriter(Protocol):
         load: Load,
         *,
         lease_ms: int,
+        batches: Sequence[Batch] = (),
         accepted: Sequence[str] = (),
         settle_older_than_ms: int | None = None,
     ) -> SlotState:
-        """Renew the lease and replace the load.
+        """Apply `batches` as `apply` does, then renew the lease and replace the load; in one round trip.
+
+        An index that refuses the batches because it is full takes lease and load all the same.
 
         Args:
             accepted: decision ids that `load` now contains; their reservations are settled.

@@ -182,16 +182,17 @@ class MemoryIndexWriter:
         pool.note(because.kind, number, worker, because.detail, now_ms)
         return number
 
-    def apply(self, pool: Pool, slot: int, incarnation: str, batch: Batch) -> SlotState:
+    def apply(self, pool: Pool, slot: int, incarnation: str, *batches: Batch) -> SlotState:
         """See `IndexWriter`."""
         target = self._slot(pool, slot, incarnation)
-        if batch.sequence > target.sequence + 1:
-            raise SlotLost(f"slot {slot} is at {target.sequence}, the batch is {batch.sequence}")
-        if batch.sequence == target.sequence + 1:
-            target.sequence = batch.sequence
-            target.change(set(batch.stored), set(batch.removed))
-            if batch.removed:
-                self._note_removed(pool, slot, incarnation, batch)
+        for batch in batches:
+            if batch.sequence > target.sequence + 1:
+                raise SlotLost(f"slot {slot} is at {target.sequence}, the batch is {batch.sequence}")
+            if batch.sequence == target.sequence + 1:
+                target.sequence = batch.sequence
+                target.change(set(batch.stored), set(batch.removed))
+                if batch.removed:
+                    self._note_removed(pool, slot, incarnation, batch)
         return target.state
 
     def _note_removed(self, pool: Pool, slot: int, incarnation: str, batch: Batch) -> None:
@@ -214,10 +215,13 @@ class MemoryIndexWriter:
         load: Load,
         *,
         lease_ms: int,
+        batches: Sequence[Batch] = (),
         accepted: Sequence[str] = (),
         settle_older_than_ms: int | None = None,
     ) -> SlotState:
         """See `IndexWriter`."""
+        if batches:
+            self.apply(pool, slot, incarnation, *batches)
         target = self._slot(pool, slot, incarnation)
         now_ms = self._index.now_ms()
         target.load = load

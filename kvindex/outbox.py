@@ -8,6 +8,7 @@ from itertools import islice
 from kvindex.index import MAX_BATCH
 from kvindex.worker import Batch, SlotPart, SlotState
 
+_BATCHES_AT_ONCE = 8
 _TOLD_PARTS = 1024
 
 
@@ -23,7 +24,7 @@ class Outbox:
 
     def __init__(self, blocks: Iterable[int] = ()) -> None:
         self._unsent = dict.fromkeys(blocks, True)
-        self._in_flight: Batch | None = None
+        self._in_flight: tuple[Batch, ...] = ()
         self._sequence = 0
         self._num_told = 0
         self._digest_told = 0
@@ -31,8 +32,8 @@ class Outbox:
 
     def __len__(self) -> int:
         """Return the number of changes that the index may not know yet."""
-        batch = self._in_flight
-        return len(self._unsent) + (len(batch.stored) + len(batch.removed) if batch else 0)
+        in_flight = sum(len(batch.stored) + len(batch.removed) for batch in self._in_flight)
+        return len(self._unsent) + in_flight
 
     @property
     def is_fresh(self) -> bool:
@@ -41,8 +42,8 @@ class Outbox:
 
     @property
     def is_repeating(self) -> bool:
-        """Whether a batch was handed out whose fate is unknown."""
-        return self._in_flight is not None
+        """Whether batches were handed out whose fate is unknown."""
+        return bool(self._in_flight)
 
     @property
     def told(self) -> SlotState:
@@ -57,23 +58,27 @@ class Outbox:
                 if self._unsent.pop(block, None) is None:
                     self._unsent[block] = present
 
-    def next_batch(self) -> Batch | None:
-        """Return the batch to send: the last one again until it is confirmed; None if all is told."""
-        if self._in_flight is None and self._unsent:
-            blocks = list(islice(self._unsent, MAX_BATCH))
-            changes = [(block, self._unsent.pop(block)) for block in blocks]
-            self._sequence += 1
-            self._in_flight = Batch(
-                sequence=self._sequence,
-                stored=tuple(block for block, present in changes if present),
-                removed=tuple(block for block, present in changes if not present),
-            )
+    def next_batches(self) -> tuple[Batch, ...]:
+        """Return what to send: the same again until it is confirmed; nothing if all is told."""
+        if not self.is_repeating:
+            num_batches = min(-(-len(self._unsent) // MAX_BATCH), _BATCHES_AT_ONCE)
+            self._in_flight = tuple(self._take_batch() for _ in range(num_batches))
         return self._in_flight
 
+    def _take_batch(self) -> Batch:
+        blocks = list(islice(self._unsent, MAX_BATCH))
+        changes = [(block, self._unsent.pop(block)) for block in blocks]
+        self._sequence += 1
+        return Batch(
+            sequence=self._sequence,
+            stored=tuple(block for block, present in changes if present),
+            removed=tuple(block for block, present in changes if not present),
+        )
+
     def confirm(self) -> None:
-        """Note that the index has applied the batch that `next_batch` returned."""
-        batch, self._in_flight = self._in_flight, None
-        if batch is not None:
+        """Note that the index has applied what `next_batches` returned."""
+        batches, self._in_flight = self._in_flight, ()
+        for batch in batches:
             self._num_told += len(batch.stored) - len(batch.removed)
             for block in batch.stored:
                 self._digest_told ^= block
@@ -85,7 +90,7 @@ class Outbox:
     def differences(self, found: SlotPart) -> tuple[Set[int], Set[int]]:
         """Return which blocks of a part of the slot the index has lost, and which it was never told of.
 
-        To be asked while no batch is in flight.
+        To be asked while nothing is in flight.
         """
         told: set[int] = set()
         for remainder in range(found.part % _TOLD_PARTS, _TOLD_PARTS, found.num_parts):

@@ -7,22 +7,22 @@ import random
 import threading
 import time
 from collections import Counter, deque
-from collections.abc import Callable, Set
+from collections.abc import Callable, Sequence, Set
 
 import msgspec
 import structlog
 
 from kvindex import metrics
 from kvindex.block_state import BlockState
-from kvindex.blocks import format_hash
+from kvindex.blocks import Pool, format_hash
 from kvindex.config import PublisherConfig
-from kvindex.errors import EventsLost, IndexFull, IndexUnavailable, SlotLost, WorkerConflict
+from kvindex.errors import EventsLost, IndexUnavailable, SlotLost, WorkerConflict
 from kvindex.event_source import EventSource
 from kvindex.events import AllBlocksCleared, BlockRemoved, BlockStored, EngineEvent
 from kvindex.history import EventKind, Opening
 from kvindex.index import FIRST_OPENING, MAX_BATCH, IndexWriter
 from kvindex.outbox import Outbox
-from kvindex.worker import Load, SlotPart, SlotState, Worker
+from kvindex.worker import Batch, Load, SlotPart, SlotState, Worker
 
 LOAD_INTERVAL_S = 0.1
 _WRITE_SLICE_S = 0.05
@@ -142,8 +142,13 @@ class Publisher:
 
     def _follow(self) -> None:
         """Wait for the engine or for the next thing to do, whichever is first."""
+        patience_s = self._patience_s()
+        if self._unwritten_since_s is not None and self._failing_with is None:
+            # What the engine says until then is written with it: to wake up for that is most of the cost.
+            self._stopping.wait(patience_s)
+            patience_s = 0.0
         try:
-            events = self._source.poll(self._patience_s())
+            events = self._source.poll(patience_s)
         except EventsLost as error:
             self._log.warning("KV events lost; starting over", reason=str(error))
             self._forget("events_lost", str(error))
@@ -193,11 +198,8 @@ class Publisher:
         try:
             if self._slot is None:
                 self._open()
-            full = self._write()
-            self._report()
+            self._write()
             self._audit()
-            if full is not None:
-                raise full
         except IndexUnavailable as error:
             self._back_off(error)
         except WorkerConflict as error:
@@ -260,60 +262,61 @@ class Publisher:
         self._looked_at_s = 0.0
         metrics.RESYNCS.labels(self._worker.worker_id, reason).inc()
 
-    def _write(self) -> IndexFull | None:
-        """Send what is due, for a short while at most, so that events and heartbeats do not wait.
+    def _write(self) -> None:
+        """Send what is due, for a short while at most, so that events do not wait.
 
-        An index that is full is returned, not raised: what it holds is right, so the lease goes on.
+        Raises:
+            IndexFull: the blocks were refused; lease and load were not, if they were due.
         """
-        started_s = now_s = time.monotonic()
-        while now_s >= self._write_at_s() and now_s - started_s < _WRITE_SLICE_S:
-            batch = self._outbox.next_batch()
-            if batch is None:
-                break
-            try:
-                answer = self._writer.apply(
-                    self._worker.pool, self._slot_held, self._worker.incarnation, batch
-                )
-            except IndexFull as error:
-                return error
-            self._outbox.confirm()
-            now_s = self._wrote_at_s = time.monotonic()
-            self._write_lag.set(now_s - (self._unwritten_since_s or now_s))
-            self._unwritten_since_s = now_s if self._outbox else None
+        give_up_s = time.monotonic() + _WRITE_SLICE_S
+        while (now_s := time.monotonic()) < give_up_s:
+            batches = self._outbox.next_batches() if now_s >= self._write_at_s() else ()
+            report = self._due_report(now_s)
+            if report is not None:
+                answer = self._beat(report, batches)
+            elif batches:
+                answer = self._writer.apply(*self._place, *batches)
+            else:
+                return
+            if batches:
+                self._outbox.confirm()
+                self._wrote_at_s = time.monotonic()
+                self._write_lag.set(self._wrote_at_s - (self._unwritten_since_s or now_s))
+                self._unwritten_since_s = self._wrote_at_s if self._outbox else None
             self._compare(answer)
-        return None
 
-    def _report(self) -> None:
-        """Send load and lease when the load has changed, and at every heartbeat."""
-        now_s = time.monotonic()
+    def _due_report(self, now_s: float) -> LoadReport | None:
+        """Return the load if it is time to look and it has changed, and at every heartbeat."""
         if now_s < self._look_at_s():
-            return
+            return None
         self._looked_at_s = now_s
         report = self._load()
         self._accepted += report.accepted
-        if not self._accepted and report.load == self._reported and now_s < self._beat_at_s:
-            return
+        is_old_news = not self._accepted and report.load == self._reported and now_s < self._beat_at_s
+        return None if is_old_news else report
+
+    def _beat(self, report: LoadReport, batches: Sequence[Batch]) -> SlotState:
         answer = self._writer.heartbeat(
-            self._worker.pool,
-            self._slot_held,
-            self._worker.incarnation,
+            *self._place,
             report.load,
             lease_ms=self._config.lease_ms,
+            batches=batches,
             accepted=tuple(self._accepted),
             settle_older_than_ms=self._settle_older_than_ms,
         )
         self._accepted.clear()
         self._reported = report.load
-        self._beat_at_s = now_s + self._config.heartbeat_ms / 1000
+        self._beat_at_s = self._looked_at_s + self._config.heartbeat_ms / 1000
         self._num_unwritten.set(len(self._outbox))
         self._num_indexed.set(answer.num_blocks)
-        self._compare(answer)
+        return answer
 
     @property
-    def _slot_held(self) -> int:
+    def _place(self) -> tuple[Pool, int, str]:
+        """Pool, slot and incarnation."""
         if self._slot is None:
             raise SlotLost("no slot is open")
-        return self._slot
+        return self._worker.pool, self._slot, self._worker.incarnation
 
     def _compare(self, answer: SlotState) -> None:
         """Check count and digest of the slot.
@@ -350,7 +353,7 @@ class Publisher:
             raise _Drifted("entries were changed behind the index's back", lost=lost, added=added, read=read)
 
     def _read_part(self, turn: int) -> SlotPart:
-        return self._writer.blocks_of(self._worker.pool, self._slot_held, self._worker.incarnation, turn=turn)
+        return self._writer.blocks_of(*self._place, turn=turn)
 
     def _read_back(self) -> tuple[set[int], set[int], str]:
         """Return what the slot has lost and was never told of, as far as a short while allows to read it."""

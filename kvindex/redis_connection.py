@@ -9,7 +9,7 @@ from __future__ import annotations
 import asyncio
 import functools
 import hashlib
-from collections.abc import AsyncGenerator, Awaitable, Callable
+from collections.abc import AsyncGenerator, Awaitable, Callable, Sequence
 from typing import Any, NamedTuple
 
 import msgspec
@@ -22,12 +22,12 @@ import redis.sentinel
 from redis.asyncio.retry import Retry as AsyncRetry
 from redis.backoff import ExponentialBackoff
 from redis.exceptions import ConnectionError as RedisConnectionError
-from redis.exceptions import NoScriptError, RedisClusterException, RedisError
+from redis.exceptions import NoScriptError, RedisClusterException, RedisError, ResponseError
 from redis.retry import Retry
 
 from kvindex.config import IndexConfig
 from kvindex.redis_errors import is_demoted, reaching
-from kvindex.redis_line import BlockingLine, Line
+from kvindex.redis_line import BlockingLine, Command, Line
 from kvindex.redis_url import RedisUrl, Topology, parse_redis_url
 
 _MAX_CONNECTIONS = 32
@@ -55,6 +55,13 @@ class Script:
         self.sha = hashlib.sha1(source.encode(), usedforsecurity=False).hexdigest()
 
 
+class ScriptCall(NamedTuple):
+    """A script and its arguments."""
+
+    script: Script
+    args: Sequence[str | bytes | int]
+
+
 class Connection:
     """A blocking way to Redis, for one thread. Connects on first use.
 
@@ -77,12 +84,33 @@ class Connection:
 
     def run(self, script: Script, key: str, *args: str | bytes | int) -> Reply:
         """Return what `script` returns; all its keys share the hash tag of `key`."""
-        evaluate = self._call if self.url.topology is Topology.CLUSTER else self._call_in_line
+        (reply,) = self.run_each(key, [ScriptCall(script, args)])
+        return reply
+
+    def run_each(self, key: str, calls: Sequence[ScriptCall]) -> list[Reply]:
+        """Return what each script returns for its arguments; others' calls go between.
+
+        If one is refused, those behind it are made all the same. After an error it is unknown which were
+        made, and each may have been made more than once.
+        """
+        evaluate = self._call_each if self.url.topology is Topology.CLUSTER else self._call_in_line
         with reaching(self.url):
+            replies = evaluate([("EVALSHA", script.sha, 1, key, *args) for script, args in calls])
+            if any(isinstance(reply, NoScriptError) for reply in replies):
+                replies = evaluate([("EVAL", script.source, 1, key, *args) for script, args in calls])
+            for reply in replies:
+                if isinstance(reply, RedisError):
+                    raise reply
+            return replies
+
+    def _call_each(self, commands: Sequence[Command]) -> list[Reply]:
+        replies: list[Reply] = []
+        for command in commands:
             try:
-                return evaluate("EVALSHA", script.sha, 1, key, *args)
-            except NoScriptError:
-                return evaluate("EVAL", script.source, 1, key, *args)
+                replies.append(self._call(*command))
+            except ResponseError as refusal:
+                replies.append(refusal)
+        return replies
 
     def _call(self, *command: str | bytes | int) -> Reply:
         try:
@@ -99,17 +127,15 @@ class Connection:
             self._client.connection_pool.disconnect(inuse_connections=False)
             return self._client.execute_command(*command)
 
-    def _call_in_line(self, *command: str | bytes | int) -> Reply:
-        """Do as `_call`, for less; not for commands whose answers redis-py reads, nor for a cluster."""
+    def _call_in_line(self, commands: Sequence[Command]) -> list[Reply]:
+        """Do as `_call_each`, for less; not for commands whose answers redis-py reads, nor for a cluster."""
         self._client = self._client or _client(_BLOCKING, self.url, self._config)
         line = self._line = self._line or _blocking_line(self._client.connection_pool, self._config)
-        try:
-            return line.call(*command)
-        except RedisError as error:
-            if not is_demoted(error):
-                raise
+        replies = line.call_each(commands)
+        if any(isinstance(reply, RedisError) and is_demoted(reply) for reply in replies):
             line.close()
-            return line.call(*command)
+            return line.call_each(commands)
+        return replies
 
     def home(self, key: str) -> str | None:
         """Return the node to which the last call about `key` went; None unless it is a cluster."""

@@ -12,7 +12,7 @@ import functools
 import importlib.resources
 import re
 import time
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from typing import Any
 
 import msgspec
@@ -40,7 +40,7 @@ from kvindex.redis_answers import (
     slot_state,
     slots_of,
 )
-from kvindex.redis_connection import AsyncConnection, Connection, Reply, Script
+from kvindex.redis_connection import AsyncConnection, Connection, Reply, Script, ScriptCall
 from kvindex.redis_memory import PoolMemory, measure
 from kvindex.worker import (
     Batch,
@@ -130,11 +130,10 @@ class RedisIndexWriter:
             raise SlotLost(f"the pool of slot {slot} has moved to another node of the cluster")
         return slot_state(slot, reply)
 
-    def apply(self, pool: Pool, slot: int, incarnation: str, batch: Batch) -> SlotState:
+    def apply(self, pool: Pool, slot: int, incarnation: str, *batches: Batch) -> SlotState:
         """See `IndexWriter`."""
-        stored, removed = pack_hashes(batch.stored), pack_hashes(batch.removed)
-        reply = self._run("apply", pool, slot, incarnation, batch.sequence, stored, removed)
-        return self._state_at_home(pool, slot, reply)
+        replies = self._redis.run_each(directory(pool), _writes(slot, incarnation, batches))
+        return [self._state_at_home(pool, slot, reply) for reply in replies][-1]
 
     def heartbeat(
         self,
@@ -144,6 +143,7 @@ class RedisIndexWriter:
         load: Load,
         *,
         lease_ms: int,
+        batches: Sequence[Batch] = (),
         accepted: Sequence[str] = (),
         settle_older_than_ms: int | None = None,
     ) -> SlotState:
@@ -156,9 +156,10 @@ class RedisIndexWriter:
             load.kv_usage,
         )
         age_ms = -1 if settle_older_than_ms is None else settle_older_than_ms
-        reply = self._run("heartbeat", pool, slot, incarnation, lease_ms, packed, age_ms, *accepted)
+        beat = ScriptCall(_script("heartbeat"), (slot, incarnation, lease_ms, packed, age_ms, *accepted))
+        replies = self._redis.run_each(directory(pool), [*_writes(slot, incarnation, batches), beat])
         self._keep_announced(pool, lease_ms)
-        return self._state_at_home(pool, slot, reply)
+        return [self._state_at_home(pool, slot, reply) for reply in replies][-1]
 
     def blocks_of(self, pool: Pool, slot: int, incarnation: str, *, turn: int) -> SlotPart:
         """See `IndexWriter`. A part is 2 or 3 buckets of about 64 entries."""
@@ -175,6 +176,16 @@ class RedisIndexWriter:
     def close(self) -> None:
         """See `IndexWriter`."""
         self._redis.close()
+
+
+def _writes(slot: int, incarnation: str, batches: Iterable[Batch]) -> list[ScriptCall]:
+    apply = _script("apply")
+    return [
+        ScriptCall(
+            apply, (slot, incarnation, batch.sequence, *map(pack_hashes, (batch.stored, batch.removed)))
+        )
+        for batch in batches
+    ]
 
 
 class RedisIndexReader:

@@ -11,6 +11,7 @@ from __future__ import annotations
 import asyncio
 import time
 from collections import deque
+from collections.abc import Sequence
 from typing import Any, cast
 
 import hiredis
@@ -18,6 +19,7 @@ import redis.connection
 from redis.asyncio.connection import AbstractConnection, ConnectionPool
 from redis.backoff import AbstractBackoff
 from redis.exceptions import ConnectionError as RedisConnectionError
+from redis.exceptions import ResponseError
 from redis.exceptions import TimeoutError as RedisTimeoutError
 
 Command = tuple[str | bytes | int, ...]
@@ -46,13 +48,27 @@ class BlockingLine:
         Raises:
             RedisError: what redis-py raises for the same.
         """
+        (answer,) = self.call_each([command])
+        if isinstance(answer, ResponseError):
+            raise answer
+        return answer
+
+    def call_each(self, commands: Sequence[Command]) -> list[Any]:
+        """Return the answer to each command, which may be a `ResponseError`.
+
+        A command is sent before the answer to the one before has come, so that Redis need not wait for us,
+        and no earlier, so that others need not wait for more than two of them.
+
+        Raises:
+            RedisError: what redis-py raises where there is no answer; the commands may have been carried
+                out, and more than once.
+        """
         num_failures = 0
         while True:
             if self._connection is None:
                 self._connection = self._pool.get_connection()
             try:
-                self._connection.send_command(*command)
-                return self._connection.read_response()
+                return self._exchange(commands)
             except RedisTimeoutError:
                 self.close()
                 raise
@@ -62,6 +78,23 @@ class BlockingLine:
                 if num_failures > self._num_retries:
                     raise
                 time.sleep(self._backoff.compute(num_failures))
+
+    def _exchange(self, commands: Sequence[Command]) -> list[Any]:
+        packed = [b"".join(self._connection.pack_command(*command)) for command in commands]
+        self._connection.send_packed_command([b"".join(packed[:2])])
+        answers = []
+        for command in packed[2:]:
+            answers.append(self._read())
+            self._connection.send_packed_command([command])
+        while len(answers) < len(commands):
+            answers.append(self._read())
+        return answers
+
+    def _read(self) -> Any:  # noqa: ANN401 (a reply of Redis)
+        try:
+            return self._connection.read_response()
+        except ResponseError as refusal:
+            return refusal
 
     def close(self) -> None:
         """Give the connection back to the pool; a later call makes a new one."""

@@ -82,8 +82,8 @@ def store(num_blocks: int) -> list[Figure]:
 
 
 def _drain(fleet: Fleet, slot: int, outbox: Outbox) -> None:
-    while (batch := outbox.next_batch()) is not None:
-        fleet.writer.apply(POOL, slot, INCARNATION, batch)
+    while batches := outbox.next_batches():
+        fleet.writer.apply(POOL, slot, INCARNATION, *batches)
         outbox.confirm()
 
 

@@ -200,23 +200,23 @@ class Histories(RuleBasedStateMachine):
     def write_once(self, engine: Publisher) -> None:
         if engine.slot is None:
             engine.slot = self.backend.writer.open_slot(engine.worker, lease_ms=LEASE_MS, takeover=True)
-        if batch := engine.outbox.next_batch():
-            state = self.apply(engine, batch)
+        if batches := engine.outbox.next_batches():
+            state = self.apply(engine, *batches)
             engine.outbox.confirm()
-            engine.last = batch
+            engine.last = batches[-1]
             if state != engine.outbox.told:
                 raise SlotLost("drift")
 
-    def apply(self, engine: Publisher, batch: Batch) -> SlotState:
+    def apply(self, engine: Publisher, *batches: Batch) -> SlotState:
         assert engine.slot is not None
-        return self.backend.writer.apply(POOL, engine.slot, engine.worker.incarnation, batch)
+        return self.backend.writer.apply(POOL, engine.slot, engine.worker.incarnation, *batches)
 
     @rule(number=ENGINES)
     def lose_an_answer(self, number: int) -> None:
         engine = self.engines[number]
-        if engine.slot is not None and (batch := engine.outbox.next_batch()):
+        if engine.slot is not None and (batches := engine.outbox.next_batches()):
             try:
-                self.apply(engine, batch)
+                self.apply(engine, *batches)
             except SlotLost:
                 engine.start_over()
 

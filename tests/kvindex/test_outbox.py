@@ -7,41 +7,39 @@ from hypothesis import strategies as st
 from kvindex.blocks import BlockHash
 from kvindex.index import MAX_BATCH
 from kvindex.outbox import Outbox
-from kvindex.worker import SlotPart, SlotState
+from kvindex.worker import Batch, SlotPart, SlotState
 
 
 def test_a_change_that_is_taken_back_is_never_sent():
     outbox = Outbox()
     outbox.change(stored=[1, 2])
     outbox.change(removed=[1])
-    batch = outbox.next_batch()
-    assert batch is not None
+    (batch,) = outbox.next_batches()
     assert (batch.sequence, batch.stored, batch.removed) == (1, (2,), ())
 
 
 def test_a_batch_is_repeated_until_confirmed():
     outbox = Outbox([1])
-    first = outbox.next_batch()
+    (first,) = outbox.next_batches()
     outbox.change(removed=[1])
-    assert outbox.next_batch() is first
+    assert outbox.next_batches() == (first,)
     assert (len(outbox), outbox.is_repeating, outbox.is_fresh) == (2, True, False)
     outbox.confirm()
-    second = outbox.next_batch()
-    assert second is not None
+    (second,) = outbox.next_batches()
     assert (second.sequence, second.stored, second.removed) == (2, (), (1,))
     outbox.confirm()
     assert outbox.told == SlotState(num_blocks=0, digest=0)
-    assert outbox.next_batch() is None
+    assert outbox.next_batches() == ()
     assert len(outbox) == 0
 
 
 def test_batches_are_bounded():
-    outbox = Outbox(range(MAX_BATCH * 2 + 1))
+    outbox = Outbox(range(MAX_BATCH * 10 + 1))
     sizes = []
-    while batch := outbox.next_batch():
-        sizes.append(len(batch.stored))
+    while batches := outbox.next_batches():
+        sizes.append([len(batch.stored) for batch in batches])
         outbox.confirm()
-    assert sizes == [MAX_BATCH, MAX_BATCH, 1]
+    assert sizes == [[MAX_BATCH] * 8, [MAX_BATCH, MAX_BATCH, 1]]
 
 
 @given(st.lists(st.integers(0, 29)), st.integers(0, 40))
@@ -50,11 +48,10 @@ def test_however_long_the_index_is_away_each_block_is_kept_once(flips: list[int]
     for position, block in enumerate(flips):
         outbox.change(removed=[block]) if block in truth else outbox.change(stored=[block])
         truth ^= {block}
-        batch = outbox.next_batch()
-        if batch is not None and position < num_told:
+        if outbox.next_batches() and position < num_told:
             outbox.confirm()
         assert len(outbox) <= 30 + 30  # every block may be in flight and changed since
-    while outbox.next_batch():
+    while outbox.next_batches():
         outbox.confirm()
     assert outbox.told == SlotState(num_blocks=len(truth), digest=reduce(xor, truth, 0))
 
@@ -62,10 +59,10 @@ def test_however_long_the_index_is_away_each_block_is_kept_once(flips: list[int]
 @given(st.sets(st.integers(0, 2**64 - 1), max_size=60), st.integers(0, 12), st.data())
 def test_differences_of_a_part_are_named(told: set[int], parts_exponent: int, data: st.DataObject):
     outbox = Outbox(told)
-    while outbox.next_batch():
+    while outbox.next_batches():
         outbox.confirm()
     outbox.change(removed=set(list(told)[:5]))
-    while outbox.next_batch():
+    while outbox.next_batches():
         outbox.confirm()
     told -= set(list(told)[:5])
     num_parts = 1 << parts_exponent
@@ -80,21 +77,23 @@ def test_differences_of_a_part_are_named(told: set[int], parts_exponent: int, da
 @given(st.lists(st.tuples(st.sampled_from(["flip", "send", "confirm"]), st.integers(1, 6))))
 def test_what_was_told_and_what_is_unsent_make_the_truth(steps: list[tuple[str, int]]):
     outbox, truth, index = Outbox(), set[int](), set[int]()
-    sent = None
+    sent: tuple[Batch, ...] = ()
     for action, block in steps:
         if action == "flip":
             outbox.change(removed=[block]) if block in truth else outbox.change(stored=[block])
             truth ^= {block}
         elif action == "send":
-            sent = outbox.next_batch()
-        elif sent is not None:
-            assert index.isdisjoint(sent.stored)
-            assert index.issuperset(sent.removed)
-            index = (index | set(sent.stored)) - set(sent.removed)
+            sent = outbox.next_batches()
+        elif sent:
+            for batch in sent:
+                assert index.isdisjoint(batch.stored)
+                assert index.issuperset(batch.removed)
+                index = (index | set(batch.stored)) - set(batch.removed)
             outbox.confirm()
-            sent = None
+            sent = ()
         assert outbox.told == SlotState(num_blocks=len(index), digest=reduce(xor, index, 0))
-    while batch := outbox.next_batch():
-        index = (index | set(batch.stored)) - set(batch.removed)
+    while batches := outbox.next_batches():
+        for batch in batches:
+            index = (index | set(batch.stored)) - set(batch.removed)
         outbox.confirm()
     assert index == truth

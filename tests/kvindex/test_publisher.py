@@ -4,6 +4,7 @@ import asyncio
 import time
 from collections.abc import Iterator, Sequence
 from functools import reduce
+from itertools import chain
 from operator import xor
 
 import pytest
@@ -46,17 +47,19 @@ class FaultyWriter(MemoryIndexWriter):
         self.num_opened += 1
         return super().open_slot(worker, **options)
 
-    def apply(self, pool, slot: int, incarnation: str, batch: Batch) -> SlotState:
+    def apply(self, pool, slot: int, incarnation: str, *batches: Batch) -> SlotState:
         self._called()
-        self.batches.append(batch)
+        self.batches += batches
         if self.lose_batches:
             self.lose_batches -= 1
             before = self._slot(pool, slot, incarnation).state
+            changes = [(*batch.stored, *batch.removed) for batch in batches]
             return SlotState(
-                num_blocks=before.num_blocks + len(batch.stored) - len(batch.removed),
-                digest=reduce(xor, (*batch.stored, *batch.removed), before.digest),
+                num_blocks=before.num_blocks
+                + sum(len(batch.stored) - len(batch.removed) for batch in batches),
+                digest=reduce(xor, chain(*changes), before.digest),
             )
-        state = super().apply(pool, slot, incarnation, batch)
+        state = super().apply(pool, slot, incarnation, *batches)
         if self.lose_answers:
             self.lose_answers -= 1
             raise IndexUnavailable("the answer was lost")
@@ -70,13 +73,16 @@ class FaultyWriter(MemoryIndexWriter):
         load: Load,
         *,
         lease_ms: int,
+        batches: Sequence[Batch] = (),
         accepted: Sequence[str] = (),
         settle_older_than_ms: int | None = None,
     ) -> SlotState:
         self._called()
+        told = self.apply(pool, slot, incarnation, *batches) if batches else None
         self.accepted += accepted
         self.settle_older_than_ms.add(settle_older_than_ms)
-        return super().heartbeat(pool, slot, incarnation, load, lease_ms=lease_ms, accepted=accepted)
+        state = super().heartbeat(pool, slot, incarnation, load, lease_ms=lease_ms, accepted=accepted)
+        return told or state
 
     def close(self) -> None:
         self.is_closed = True
