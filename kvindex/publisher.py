@@ -270,8 +270,10 @@ class Publisher:
         """
         give_up_s = time.monotonic() + _WRITE_SLICE_S
         while (now_s := time.monotonic()) < give_up_s:
-            batches = self._outbox.next_batches() if now_s >= self._write_at_s() else ()
             report = self._due_report(now_s)
+            # Blocks that could wait go along with a load that cannot.
+            is_due = report is not None or now_s >= self._write_at_s()
+            batches = self._outbox.next_batches() if is_due else ()
             if report is not None:
                 answer = self._beat(report, batches)
             elif batches:

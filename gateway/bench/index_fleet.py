@@ -19,6 +19,7 @@ BLOCK_SIZE = 16
 PROMPT_BLOCKS = 6_250
 """100,000 tokens."""
 LEASE_MS = 3_600_000
+_RESERVATION_TTL_MS = 30_000
 INCARNATION = "bench"
 
 
@@ -158,7 +159,12 @@ async def select(reader: RedisIndexReader, prompt: Sequence[BlockHash], decision
     match = await reader.match(POOL, prompt)
     best = max(match.overlap_blocks, key=lambda slot: match.overlap_blocks[slot])
     await reader.reserve(
-        POOL, decision_id, best, prefill_tokens=BLOCK_SIZE, seen_backlog_tokens=None, ttl_ms=1_000
+        POOL,
+        decision_id,
+        best,
+        prefill_tokens=BLOCK_SIZE,
+        seen_backlog_tokens=None,
+        ttl_ms=_RESERVATION_TTL_MS,
     )
 
 

@@ -235,6 +235,32 @@ async def test_a_repeated_batch_changes_nothing(index):
     assert await index.overlap([2]) == {slot: 1}
 
 
+async def test_batches_go_in_order_and_the_answer_is_of_the_last(index):
+    slot = index.open()
+    batches = [Batch(sequence=n, stored=(n,), removed=(n - 1,) if n > 1 else ()) for n in range(1, 21)]
+    assert index.writer.apply(POOL, slot, "one", *batches[:15]) == SlotState(num_blocks=1, digest=15)
+    assert index.writer.apply(POOL, slot, "one", *batches) == SlotState(num_blocks=1, digest=20)
+    assert await index.overlap([20]) == {slot: 1}
+
+
+async def test_a_gap_between_batches_loses_the_slot(index):
+    slot = index.open()
+    with pytest.raises(SlotLost):
+        index.writer.apply(POOL, slot, "one", Batch(sequence=1, stored=(1,)), Batch(sequence=3, stored=(3,)))
+
+
+async def test_a_heartbeat_carries_batches(index):
+    slot = index.open()
+    batches = [Batch(sequence=1, stored=(1,)), Batch(sequence=2, stored=(2,))]
+    state = index.writer.heartbeat(
+        POOL, slot, "one", Load(running_requests=3), lease_ms=LEASE_MS, batches=batches
+    )
+    assert state == SlotState(num_blocks=2, digest=3)
+    assert await index.overlap([1, 2]) == {slot: 2}
+    ((_, (worker,)),) = [await index.reader.workers(POOL)]
+    assert worker.load.running_requests == 3
+
+
 async def test_a_gap_loses_the_slot(index):
     slot = index.open()
     index.store(slot, [1])

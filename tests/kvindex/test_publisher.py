@@ -257,10 +257,8 @@ async def test_drift_in_the_index_is_found_and_repaired(bench: Bench, damage: st
     bench.source.put(event)
     await eventually(lambda: bench.holds(hashes))
     (slot,) = bench.index.pool(bench.worker.pool).slots.values()
-    if damage != "added":
-        slot.blocks.discard(hashes[0])
-    if damage != "lost":
-        slot.blocks.add(12345)
+    lost, added = {hashes[0]}, {12345}
+    slot.change(set() if damage == "lost" else added, set() if damage == "added" else lost)
     await eventually(lambda: bench.writer.num_opened == 2)
     await eventually(lambda: bench.holds(hashes))
     assert bench.log()[-1].kind == EventKind.DRIFT
