@@ -252,13 +252,11 @@ async def test_a_gap_between_batches_loses_the_slot(index):
 async def test_a_heartbeat_carries_batches(index):
     slot = index.open()
     batches = [Batch(sequence=1, stored=(1,)), Batch(sequence=2, stored=(2,))]
-    state = index.writer.heartbeat(
-        POOL, slot, "one", Load(running_requests=3), lease_ms=LEASE_MS, batches=batches
-    )
+    state = index.writer.heartbeat(POOL, slot, "one", BUSY, lease_ms=LONG_MS, batches=batches)
     assert state == SlotState(num_blocks=2, digest=3)
     assert await index.overlap([1, 2]) == {slot: 2}
     ((_, (worker,)),) = [await index.reader.workers(POOL)]
-    assert worker.load.running_requests == 3
+    assert worker.load == BUSY
 
 
 async def test_a_gap_loses_the_slot(index):
