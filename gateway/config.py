@@ -18,6 +18,7 @@ from pydantic_settings import (
 from gateway.service import Admission
 from kvindex.config import IndexConfig, describe
 from kvindex.errors import ConfigError
+from kvindex.tls import ClientTls, ServerTls
 
 
 def split_address(address: str) -> tuple[str, int]:
@@ -51,6 +52,16 @@ class GatewayConfig(IndexConfig):
     listen: Address = Field("127.0.0.1:9002", description="host:port of ext_proc, EDS and access log.")
     admin_listen: Address = Field(
         "127.0.0.1:9003", description="host:port of health, metrics, fleet and receipts."
+    )
+    tls: ServerTls | None = Field(
+        None, description="cert, key and client_ca (PEM files) of the port for Envoy; with client_ca, mTLS."
+    )
+    admin_tls: ServerTls | None = Field(None, description="The same of the admin port.")
+    admin_token: SecretStr | None = Field(
+        None, description="Bearer token for the admin port; without it, whoever reaches the port may ask."
+    )
+    worker_tls: ClientTls | None = Field(
+        None, description="ca, cert and key (PEM files) for workers, which are then asked by https."
     )
     max_body_bytes: int = Field(16 << 20, gt=0, description="Largest request body that is read.")
     stop_grace_s: float = Field(5.0, ge=0, description="Time that open streams get when the gateway stops.")

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import enum
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 import yaml
@@ -15,6 +16,7 @@ from gateway.access_log import DECISION_HEADER, LOG_NAME, TTFT_TAG
 from gateway.config import split_address
 from gateway.extproc.messages import PICK_KEY, PICK_NAMESPACE, REFUSAL_DETAILS
 from gateway.readiness import EXT_PROC_SERVICE
+from kvindex.tls import ClientTls, ServerTls
 
 Json = dict[str, Any]
 
@@ -26,6 +28,8 @@ _MANY_REQUESTS = 1_000_000
 
 # A response may stay silent for as long as a long prompt is computed.
 _IDLE_TIMEOUT = "3600s"
+
+_TLS_VERSIONS = {"tls_params": {"tls_minimum_protocol_version": "TLSv1_2"}}
 
 # A gateway that comes later is found at once; by default the pauses grow to half a minute.
 _RECONNECT = {"retry_back_off": {"base_interval": "0.1s", "max_interval": "1s"}}
@@ -55,20 +59,26 @@ class EnvoyOptions:
     max_body_bytes: int = 16 << 20
     ext_proc_timeout_s: float = 5.0
     """Longest wait for one answer of a gateway."""
+    tls: ServerTls | None = None
+    """Of the port for clients. Files are read by Envoy, when it starts."""
+    gateway_tls: ClientTls | None = None
+    """To the gateways; None: in the clear."""
+    worker_tls: ClientTls | None = None
+    """To the workers; None: in the clear."""
 
 
 def bootstrap(options: EnvoyOptions) -> Json:
     """Return the whole configuration of one Envoy.
 
     Raises:
-        ValueError: an address is not `host:port`.
+        ValueError: an address is not `host:port`, or Envoy would trust any certificate.
     """
     return {
         "node": {"id": "kvlane", "cluster": "kvlane"},
         "admin": {"address": _address(options.admin)},
         "static_resources": {
             "listeners": [_listener(options)],
-            "clusters": [_worker_cluster(options), _gateway_cluster(options.gateways)],
+            "clusters": [_worker_cluster(options), _gateway_cluster(options)],
         },
     }
 
@@ -85,9 +95,53 @@ def _listener(options: EnvoyOptions) -> Json:
         # A request is routed by its whole body; a larger one is answered 413.
         "per_connection_buffer_limit_bytes": options.max_body_bytes,
         "filter_chains": [
-            {"filters": [_typed("envoy.filters.network.http_connection_manager", _http(options))]}
+            {
+                "filters": [_typed("envoy.filters.network.http_connection_manager", _http(options))],
+                **_transport(_downstream(options.tls) if options.tls else None),
+            }
         ],
     }
+
+
+def _transport(context: Json | None) -> Json:
+    """Return a listener's or cluster's transport socket; nothing for connections in the clear."""
+    return {"transport_socket": _typed("envoy.transport_sockets.tls", context)} if context else {}
+
+
+def _downstream(tls: ServerTls) -> Json:
+    validation = {"validation_context": {"trusted_ca": _file(tls.client_ca)}} if tls.client_ca else {}
+    return {
+        "@type": "envoy.extensions.transport_sockets.tls.v3.DownstreamTlsContext",
+        "require_client_certificate": tls.client_ca is not None,
+        "common_tls_context": {
+            **_TLS_VERSIONS,
+            "alpn_protocols": ["h2", "http/1.1"],
+            "tls_certificates": [_pair(tls.cert, tls.key)],
+            **validation,
+        },
+    }
+
+
+def _upstream(tls: ClientTls) -> Json:
+    if tls.ca is None:
+        raise ValueError("name the CA: without one, Envoy would trust any certificate")
+    own = {"tls_certificates": [_pair(tls.cert, tls.key)]} if tls.cert and tls.key else {}
+    return {
+        "@type": "envoy.extensions.transport_sockets.tls.v3.UpstreamTlsContext",
+        "common_tls_context": {
+            **_TLS_VERSIONS,
+            "validation_context": {"trusted_ca": _file(tls.ca)},
+            **own,
+        },
+    }
+
+
+def _pair(cert: Path, key: Path) -> Json:
+    return {"certificate_chain": _file(cert), "private_key": _file(key)}
+
+
+def _file(path: Path) -> Json:
+    return {"filename": str(path)}
 
 
 def _http(options: EnvoyOptions) -> Json:
@@ -252,6 +306,7 @@ def _worker_cluster(options: EnvoyOptions) -> Json:
             "enforcing_success_rate": 0,
         },
     }
+    cluster |= _transport(_upstream(options.worker_tls) if options.worker_tls else None)
     if options.workers:
         return cluster | {"type": "STATIC", "load_assignment": _load_assignment(WORKERS, options.workers)}
     return cluster | {
@@ -297,7 +352,7 @@ def _policy_type(name: str) -> str:
     return f"envoy.extensions.load_balancing_policies.{name}.v3.{message}"
 
 
-def _gateway_cluster(gateways: tuple[str, ...]) -> Json:
+def _gateway_cluster(options: EnvoyOptions) -> Json:
     http2 = {
         "@type": "envoy.extensions.upstreams.http.v3.HttpProtocolOptions",
         "explicit_http_config": {
@@ -311,7 +366,8 @@ def _gateway_cluster(gateways: tuple[str, ...]) -> Json:
         "name": GATEWAY,
         "type": "STRICT_DNS",
         "connect_timeout": "1s",
-        "load_assignment": _load_assignment(GATEWAY, gateways),
+        "load_assignment": _load_assignment(GATEWAY, options.gateways),
+        **_transport(_upstream(options.gateway_tls) if options.gateway_tls else None),
         "circuit_breakers": _circuit_breakers(max_retries=3),
         "typed_extension_protocol_options": {
             "envoy.extensions.upstreams.http.v3.HttpProtocolOptions": _any(http2)

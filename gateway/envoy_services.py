@@ -13,6 +13,7 @@ from gateway.decision import Endpoints, Router
 from gateway.eds import EdsService
 from gateway.extproc.server import ExtProcService
 from gateway.readiness import Readiness
+from gateway.tls import grpc_credentials
 from kvindex.errors import ConfigError
 
 # Room for what travels beside a body in one message.
@@ -28,7 +29,7 @@ async def serve_envoy(
     Requests are taken once `readiness` says so, which ends with the block.
 
     Raises:
-        ConfigError: the address is taken or is not ours.
+        ConfigError: the address is taken or is not ours, or a certificate cannot be used.
     """
     server = grpc.aio.server(
         options=[
@@ -44,7 +45,10 @@ async def serve_envoy(
     server.add_generic_rpc_handlers(tuple(service.handler() for service in services))
     await readiness.serve(server)
     try:
-        port = server.add_insecure_port(config.listen)
+        if config.tls is None:
+            port = server.add_insecure_port(config.listen)
+        else:
+            port = server.add_secure_port(config.listen, grpc_credentials(config.tls))
     except RuntimeError as error:
         raise cannot_listen(config.listen, "--listen") from error
     await server.start()

@@ -43,6 +43,11 @@ TTFT_ERROR_SECONDS = Histogram(
     ["direction"],
     buckets=(0.001, 0.003, 0.01, 0.03, 0.1, 0.3, 1.0, 3.0, 10.0, 30.0),
 )
+CERTIFICATE_LOADS = Counter(
+    "kvlane_gateway_certificate_loads",
+    "New certificates: taken, or refused and the old one kept.",
+    ["outcome"],
+)
 LIVE_WORKERS = Gauge("kvlane_gateway_live_workers", "Workers with a live lease.")
 WORKERS = Gauge(
     "kvlane_gateway_workers",

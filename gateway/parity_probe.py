@@ -23,6 +23,7 @@ from gateway.config import GatewayConfig
 from gateway.decide import RANK_HEADER, Reader
 from gateway.errors import ModelNotServed, RequestError, TokenizerError, Unverified
 from gateway.parity import Evidence, Parity, Reason, State, Trial, judge, unverified
+from gateway.probe import worker_url
 from gateway.tokens.bodies import JsonObject
 from kvindex.blocks import BlockHash, hash_blocks, root_hash
 from kvindex.engine_api import cache_config
@@ -285,7 +286,7 @@ class ParityProber:
     async def _with_cache_config(self, worker: Worker, evidence: Evidence) -> Evidence:
         """Add what the engine's metrics say of its cache, where they say it."""
         try:
-            response = await self._client.get(f"http://{worker.endpoint}/metrics")
+            response = await self._client.get(worker_url(self._client, worker.endpoint, "/metrics"))
             config = await asyncio.to_thread(cache_config, response.text, dp_rank=worker.dp_rank)
         except (httpx.HTTPError, EngineUnavailable):
             return evidence
@@ -302,7 +303,7 @@ class ParityProber:
             headers[RANK_HEADER] = str(worker.dp_rank)
         try:
             return await self._client.post(
-                f"http://{worker.endpoint}{path}",
+                worker_url(self._client, worker.endpoint, path),
                 json=body,
                 headers=headers,
                 timeout=self._config.parity_timeout_s,

@@ -10,9 +10,10 @@ from collections.abc import AsyncIterator, Iterator
 
 import structlog
 import uvicorn
-from fastapi import FastAPI
+from starlette.types import ASGIApp
 
 from gateway.admin.app import create_app
+from gateway.admin.guard import TokenGuard
 from gateway.config import GatewayConfig, split_address
 from gateway.decide import KvRouter
 from gateway.decision import Router
@@ -25,6 +26,7 @@ from gateway.rates import Rates
 from gateway.readiness import Readiness
 from gateway.receipts import Receipts
 from gateway.tenants.serve import gated
+from gateway.tls import kept_current
 from gateway.tokens.reader import PromptReader
 from kvindex.errors import ConfigError, IndexUnavailable
 from kvindex.redis_index import RedisIndexReader
@@ -66,7 +68,7 @@ async def run(config: GatewayConfig) -> None:
         exits.push_async_callback(watch.stop)
         readiness = Readiness()
         app = create_app(router, fleet, index, rates=rates, receipts=receipts, readiness=readiness)
-        await exits.enter_async_context(_serve_admin(app, admin_socket))
+        await exits.enter_async_context(_serve_admin(config, app, admin_socket))
         front = await exits.enter_async_context(gated(config, router))
         if config.tracing:
             front = await exits.enter_async_context(_traced(front, receipts))
@@ -125,14 +127,22 @@ class _AdminServer(uvicorn.Server):
 
 
 @contextlib.asynccontextmanager
-async def _serve_admin(app: FastAPI, listening: socket.socket) -> AsyncIterator[None]:
-    server = _AdminServer(uvicorn.Config(app, log_config=None, access_log=False, timeout_graceful_shutdown=1))
-    task = asyncio.create_task(server.serve(sockets=[listening]))
-    try:
-        yield
-    finally:
-        server.should_exit = True
-        await task
+async def _serve_admin(config: GatewayConfig, app: ASGIApp, listening: socket.socket) -> AsyncIterator[None]:
+    if config.admin_token is not None:
+        app = TokenGuard(app, config.admin_token.get_secret_value())
+    settings = uvicorn.Config(app, log_config=None, access_log=False, timeout_graceful_shutdown=1)
+    settings.load()
+    async with contextlib.AsyncExitStack() as exits:
+        if config.admin_tls is not None:
+            settings.ssl = config.admin_tls.context()
+            await exits.enter_async_context(kept_current(settings.ssl, config.admin_tls, "the admin port"))
+        server = _AdminServer(settings)
+        task = asyncio.create_task(server.serve(sockets=[listening]))
+        try:
+            yield
+        finally:
+            server.should_exit = True
+            await task
 
 
 def _listen(address: str) -> socket.socket:

@@ -5,11 +5,12 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Any, TypeVar
 
-from pydantic import Field, ValidationError
-from pydantic_settings import BaseSettings, SettingsConfigDict
+from pydantic import Field, SecretStr, ValidationError
+from pydantic_settings import BaseSettings, SettingsConfigDict, SettingsError
 
 from kvindex.errors import ConfigError
 from kvindex.redis_url import FORMS
+from kvindex.tls import ClientTls, ServerTls
 
 Config = TypeVar("Config", bound=BaseSettings)
 
@@ -39,7 +40,48 @@ class PublisherConfig(IndexConfig):
     metrics_port: int = Field(
         0, ge=0, lt=65536, description="Port of the publisher's own Prometheus metrics; 0: none."
     )
+    metrics_host: str = Field(
+        "127.0.0.1", description="Address of that port; 0.0.0.0 shows the metrics to the network."
+    )
+    metrics_tls: ServerTls | None = Field(
+        None, description="cert, key and client_ca (PEM files) of that port, read at the start."
+    )
     labels: dict[str, str] = Field(default_factory=dict, description="Free labels for routing filters.")
+
+
+class AdminAccess(BaseSettings):
+    """How a gateway's admin API lets us in: `KVLANE_ADMIN_TOKEN` and `KVLANE_ADMIN_CLIENT_TLS`, as JSON."""
+
+    model_config = SettingsConfigDict(env_prefix="KVLANE_ADMIN_", frozen=True, extra="forbid")
+
+    token: SecretStr | None = Field(None, description="Bearer token, where the gateway has one.")
+    client_tls: ClientTls | None = Field(None, description="ca, cert and key (PEM files) for https.")
+
+    def http_options(self) -> dict[str, Any]:
+        """Return what httpx needs to know.
+
+        Raises:
+            ConfigError: a certificate cannot be used.
+        """
+        token = self.token.get_secret_value() if self.token else None
+        return {
+            "headers": {"authorization": f"Bearer {token}"} if token else {},
+            "verify": self.client_tls.context() if self.client_tls else True,
+        }
+
+
+def admin_access() -> AdminAccess:
+    """Read the environment.
+
+    Raises:
+        ConfigError: a value is wrong.
+    """
+    try:
+        return AdminAccess.model_validate({})
+    except ValidationError as error:
+        raise ConfigError(describe(error)) from error
+    except SettingsError as error:
+        raise ConfigError(str(error)) from error
 
 
 def index_config(redis_url: str) -> IndexConfig:

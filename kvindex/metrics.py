@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 from prometheus_client import Counter, Gauge, start_http_server
 
 from kvindex.errors import ConfigError
+from kvindex.tls import ServerTls
 
 BLOCKS_STORED = Counter(
     "kvlane_publisher_blocks_stored", "Blocks that appeared in the engine's cache.", ["worker"]
@@ -32,14 +35,24 @@ WRITE_LAG = Gauge(
 )
 
 
-def serve(port: int) -> None:
-    """Serve this process's metrics on `port` from a daemon thread; 0 serves none.
+def serve(host: str, port: int, tls: ServerTls | None = None) -> None:
+    """Serve this process's metrics on `host:port` from a daemon thread; port 0 serves none.
 
     Raises:
-        ConfigError: the port is taken.
+        ConfigError: the port is taken, or a certificate cannot be used.
     """
     if port:
         try:
-            start_http_server(port)
+            start_http_server(port, host, **_files(tls))
         except OSError as error:
-            raise ConfigError(f"metrics_port {port} cannot be used: {error}; choose another one") from error
+            raise ConfigError(f"metrics at {host}:{port} cannot be served: {error}") from error
+
+
+def _files(tls: ServerTls | None) -> dict[str, Any]:
+    if tls is None:
+        return {}
+    tls.context()  # says what is wrong, if anything
+    files = {"certfile": str(tls.cert), "keyfile": str(tls.key)}
+    if tls.client_ca is None:
+        return files
+    return {**files, "client_cafile": str(tls.client_ca), "client_auth_required": True}

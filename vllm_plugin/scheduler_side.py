@@ -62,7 +62,8 @@ class SchedulerSide:
         count = compat.cached_tokens_counter(block_pool, self.worker.block_size, self._group_index)
         self._load = LoadTracker(count, block_pool.get_usage)
         if self._config.metrics_port:
-            metrics.serve(self._config.metrics_port + self.worker.dp_rank)
+            port = self._config.metrics_port + self.worker.dp_rank
+            metrics.serve(self._config.metrics_host, port, self._config.metrics_tls)
         self._publisher = Publisher(
             self.worker,
             self._config,

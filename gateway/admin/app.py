@@ -36,7 +36,7 @@ def create_app(
     receipts: Receipts,
     readiness: Readiness,
 ) -> FastAPI:
-    """Return the app. It authenticates nobody: serve it where only operators reach it."""
+    """Return the app. It authenticates nobody: see `TokenGuard`."""
     historian = Historian(index, fleet, receipts)
     app = FastAPI(title="kvlane gateway", docs_url=None, redoc_url=None, openapi_url=None)
 

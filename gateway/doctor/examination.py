@@ -30,6 +30,7 @@ from gateway.probe import worker_client
 from gateway.tokens.reader import PromptReader
 from kvindex import redis_health
 from kvindex.block_state import BlockState
+from kvindex.config import admin_access
 from kvindex.errors import AdminUnavailable, IndexUnavailable, MalformedEvent
 from kvindex.event_source import Replay, replay
 from kvindex.events import AllBlocksCleared, BlockRemoved, BlockStored, EngineEvent, decode_batch
@@ -157,7 +158,8 @@ class _Examiner:
 
 async def _gateway(admin: str) -> GatewayFleet:
     try:
-        async with httpx.AsyncClient(timeout=ADMIN_TIMEOUT_S, trust_env=False) as client:
+        options = admin_access().http_options()
+        async with httpx.AsyncClient(timeout=ADMIN_TIMEOUT_S, trust_env=False, **options) as client:
             answer = (await client.get(f"{admin.rstrip('/')}/fleet")).raise_for_status()
         return msgspec.json.decode(answer.content, type=GatewayFleet)
     except (httpx.HTTPError, httpx.InvalidURL) as error:

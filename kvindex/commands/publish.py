@@ -48,7 +48,7 @@ def publish(
     """
     given = {"kvlane.endpoint": endpoint} | ({"kvlane.redis_url": redis_url} if redis_url else {})
     config = publisher_config(given)
-    metrics.serve(config.metrics_port)
+    metrics.serve(config.metrics_host, config.metrics_port, config.metrics_tls)
     stopping = threading.Event()
 
     def stop(signum: int, frame: FrameType | None) -> None:

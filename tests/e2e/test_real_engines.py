@@ -185,8 +185,10 @@ def gate(fleet: LocalFleet, tmp_path_factory: pytest.TempPathFactory) -> Iterato
     fleet.processes.stop("envoy-tenants", "gateway-tenants")
 
 
-@pytest.mark.parametrize("model", [NAME, *ADAPTERS])
-@pytest.mark.parametrize("api", ["chat", "text", "tokens"])
+@pytest.mark.parametrize(
+    ("api", "model"),
+    [("chat", NAME), ("chat", "sql"), ("text", NAME), ("tokens", NAME), ("tokens", "poetry")],
+)
 def test_tenants_share_no_match_and_no_hit_of_an_engine(fleet, gate, model, api):
     text = f"{api} with {model}. {SYSTEM}"
     path, body = {

@@ -2,6 +2,7 @@
 
 import asyncio
 import contextlib
+import ssl
 import subprocess
 import sys
 from collections.abc import AsyncIterator, Awaitable, Callable, Iterator
@@ -21,6 +22,7 @@ from gateway.envoy import EnvoyOptions, bootstrap, to_yaml
 from gateway.envoy_services import serve_envoy
 from gateway.errors import RequestError
 from gateway.readiness import Readiness
+from kvindex.tls import ServerTls
 from tests.support.ports import free_ports
 from tests.support.waiting import eventually
 
@@ -90,11 +92,16 @@ class KnownEndpoints:
 
 
 @contextlib.asynccontextmanager
-async def serve(endpoint: Callable[[Request], Awaitable[Response]]) -> AsyncIterator[str]:
-    """Run an HTTP server in which `endpoint` answers everything; yield its `ip:port`."""
+async def serve(
+    endpoint: Callable[[Request], Awaitable[Response]], context: ssl.SSLContext | None = None
+) -> AsyncIterator[str]:
+    """Run an HTTP server (over TLS, given a context) where `endpoint` answers all; yield its `ip:port`."""
     (port,) = free_ports(1)
     app = Starlette(routes=[Route("/{path:path}", endpoint, methods=METHODS)])
-    server = uvicorn.Server(uvicorn.Config(app, port=port, log_config=None, timeout_graceful_shutdown=1))
+    config = uvicorn.Config(app, port=port, log_config=None, timeout_graceful_shutdown=1)
+    config.load()
+    config.ssl = context
+    server = uvicorn.Server(config)
     task = asyncio.create_task(server.serve())
     await eventually(lambda: server.started)
     try:
@@ -128,6 +135,7 @@ class Stack:
         self.endpoints = endpoints
         self.readiness = Readiness()
         self.opens = True
+        self.gateway_tls: ServerTls | None = None
         envoy_port, admin_port, self.gateway_port = free_ports(3)
         self.url = f"http://127.0.0.1:{envoy_port}"
         self.admin_url = f"http://127.0.0.1:{admin_port}"
@@ -142,6 +150,7 @@ class Stack:
         gateway = GatewayConfig(
             listen=f"127.0.0.1:{self.gateway_port}",
             max_body_bytes=self.options.max_body_bytes,
+            tls=self.gateway_tls,
             stop_grace_s=0,
         )
         async with serve_envoy(gateway, self.router, self.endpoints, self.readiness) as port:

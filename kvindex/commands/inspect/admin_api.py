@@ -12,6 +12,7 @@ import msgspec
 
 from kvindex.blocks import BlockHash, unpack_hashes
 from kvindex.commands.inspect.tables import HOW_TO_JOIN
+from kvindex.config import admin_access
 from kvindex.errors import AdminUnavailable, ConfigError
 
 TIMEOUT_S = 30.0
@@ -36,9 +37,11 @@ def ask(admin: str, method: str, path: str, body: object = None) -> Any:  # noqa
 
     Raises:
         AdminUnavailable: nobody answers there, or with a refusal, which the message repeats.
+        ConfigError: a certificate of ours cannot be used.
     """
     try:
-        answer = httpx.request(method, admin.rstrip("/") + path, json=body, timeout=TIMEOUT_S)
+        url = admin.rstrip("/") + path
+        answer = httpx.request(method, url, json=body, timeout=TIMEOUT_S, **admin_access().http_options())
         content = answer.json()
     except (httpx.HTTPError, httpx.InvalidURL) as error:
         hint = "give a gateway's admin address with --admin"
