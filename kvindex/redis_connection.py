@@ -210,8 +210,7 @@ class AsyncConnection:
         except RedisError as error:
             if not is_demoted(error):
                 raise
-            await line.close()
-            return await line.call(*command)
+            return await line.call(*command)  # on a new connection, which leads to the new master
 
     async def masters(self) -> AsyncGenerator[Master]:
         """Yield every server that takes writes: one, unless it is a cluster."""
@@ -289,7 +288,13 @@ def _blocking_line(pool: redis.ConnectionPool, config: IndexConfig) -> BlockingL
 
 
 def _line(pool: redis.asyncio.ConnectionPool, config: IndexConfig) -> Line:
-    return Line(pool, timeout_s=config.redis_timeout_s, backoff=_backoff(config), num_retries=_RETRIES)
+    return Line(
+        pool,
+        timeout_s=config.redis_timeout_s,
+        backoff=_backoff(config),
+        num_retries=_RETRIES,
+        is_final=is_demoted,
+    )
 
 
 def _backoff(config: IndexConfig) -> ExponentialBackoff:

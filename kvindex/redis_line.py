@@ -11,7 +11,7 @@ from __future__ import annotations
 import asyncio
 import time
 from collections import deque
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any, cast
 
 import hiredis
@@ -19,7 +19,7 @@ import redis.connection
 from redis.asyncio.connection import AbstractConnection, ConnectionPool
 from redis.backoff import AbstractBackoff
 from redis.exceptions import ConnectionError as RedisConnectionError
-from redis.exceptions import ResponseError
+from redis.exceptions import RedisError, ResponseError
 from redis.exceptions import TimeoutError as RedisTimeoutError
 
 Command = tuple[str | bytes | int, ...]
@@ -112,12 +112,20 @@ class Line:
         timeout_s: longest wait for one answer.
         backoff: how long to wait before each repetition of a call whose connection broke.
         num_retries: how often such a call is repeated; connecting has retries of its own.
+        is_final: whether a refusal means that the connection is of no use for any other call.
     """
 
     def __init__(
-        self, pool: ConnectionPool, *, timeout_s: float, backoff: AbstractBackoff, num_retries: int
+        self,
+        pool: ConnectionPool,
+        *,
+        timeout_s: float,
+        backoff: AbstractBackoff,
+        num_retries: int,
+        is_final: Callable[[RedisError], bool] = lambda _: False,
     ) -> None:
         self._pool = pool
+        self._is_final = is_final
         self._timeout_s = timeout_s
         self._backoff = backoff
         self._num_retries = num_retries
@@ -161,7 +169,7 @@ class Line:
 
     async def _connect(self) -> _Link:
         connection = await self._pool.get_connection()  # type: ignore[no-untyped-call]
-        return _Link(self._pool, connection, self._timeout_s)
+        return _Link(self._pool, connection, self._timeout_s, self._is_final)
 
 
 def _retrieve(task: asyncio.Task[_Link]) -> None:
@@ -177,8 +185,15 @@ class _Link(asyncio.Protocol):
     and redis-py's parser would wake a task for every answer, which costs more than to read it.
     """
 
-    def __init__(self, pool: ConnectionPool, connection: AbstractConnection, timeout_s: float) -> None:
+    def __init__(
+        self,
+        pool: ConnectionPool,
+        connection: AbstractConnection,
+        timeout_s: float,
+        is_final: Callable[[RedisError], bool],
+    ) -> None:
         self._pool = pool
+        self._is_final = is_final
         self._connection = connection
         self._timeout_s = timeout_s
         self._loop = asyncio.get_running_loop()
@@ -223,12 +238,13 @@ class _Link(asyncio.Protocol):
 
     def _hand_out(self, reply: Any) -> None:  # noqa: ANN401 (a reply of Redis)
         answer = self._awaited.popleft()
-        if answer.done():
-            return  # whoever asked has gone
-        if isinstance(reply, Exception):
-            answer.set_exception(reply)
-        else:
-            answer.set_result(reply)
+        if not answer.done():  # or whoever asked has gone
+            if isinstance(reply, RedisError):
+                answer.set_exception(reply)
+            else:
+                answer.set_result(reply)
+        if isinstance(reply, RedisError) and self._is_final(reply):
+            self._break(RedisConnectionError(f"the connection was closed after: {reply}"))
 
     def _expire(self, answer: asyncio.Future[Any]) -> None:
         if not answer.done():

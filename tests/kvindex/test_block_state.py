@@ -13,6 +13,7 @@ from kvindex.blocks import BlockHash, hash_blocks, root_hash
 from kvindex.events import AllBlocksCleared, BlockRemoved, BlockStored, EngineHash, decode_batch
 from tests.support.recordings import (
     BLOCK_SIZE,
+    HYBRID,
     MODEL,
     NUM_BLOCKS,
     VERSIONS,
@@ -70,6 +71,23 @@ def test_at_every_moment_of_the_recording_vllms_own_hits_are_held(version: str):
         while not holds_all(state, computed):
             apply(state, [payloads.pop(0)])
             assert state.num_blocks <= NUM_BLOCKS
+
+
+def test_of_a_hybrid_engine_the_group_with_full_attention_is_followed():
+    """What vLLM served from its cache was held: all that was held, but where a sliding window was gone."""
+    state = BlockState(MODEL, BLOCK_SIZE)
+    payloads = list(recorded_payloads(HYBRID))
+    hits, served = [], []
+    for step in recorded_steps(HYBRID):
+        prompt = hash_blocks(root_hash(MODEL), step["prompt_token_ids"], BLOCK_SIZE)
+        hits.append(num_hits(state, prompt) * BLOCK_SIZE)
+        served.append(step["cached_tokens"])
+        computed = hash_blocks(root_hash(MODEL), cached_tokens_of(step), BLOCK_SIZE)
+        while not holds_all(state, computed):
+            apply(state, [payloads.pop(0)])
+    assert hits == [0, 288, 0, 288, 0, 192, 288]
+    assert served == [0, 288, 0, 288, 0, 0, 288]
+    assert set(state.skipped) == {"attention", "group"}
 
 
 def holds_all(state: BlockState, hashes: list[BlockHash]) -> bool:

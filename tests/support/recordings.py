@@ -8,6 +8,7 @@ from typing import Any
 
 DATA = Path(__file__).parents[1] / "data"
 VERSIONS = ("0.24.0", "0.32.0")
+HYBRID = "0.32.0_hybrid"
 MODEL = "tiny"
 BLOCK_SIZE = 32
 NUM_BLOCKS = 24
