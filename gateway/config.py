@@ -15,6 +15,7 @@ from pydantic_settings import (
     YamlConfigSettingsSource,
 )
 
+from gateway.profile import Profile
 from gateway.service import Admission
 from kvindex.config import IndexConfig, describe
 from kvindex.errors import ConfigError
@@ -117,7 +118,10 @@ class GatewayConfig(IndexConfig):
     )
     fallbacks: int = Field(3, ge=0, description="Workers named beside the best, for connection failures.")
     prefill_tokens_per_s: float = Field(
-        10_000, gt=0, description="A worker's prefill speed before any was measured."
+        10_000, gt=0, description="Prefill speed of a model without a profile, before any was measured."
+    )
+    profiles: dict[str, Profile] = Field(
+        default_factory=dict, description="What an engine's steps cost, by model; measured from there on."
     )
     admission: Admission = Field(
         Admission.OFF,
@@ -149,6 +153,11 @@ class GatewayConfig(IndexConfig):
                     "such as `openssl rand -base64 32` prints, in KVLANE_CACHE_SALT_SECRET of every gateway"
                 )
         return self
+
+    @property
+    def default_profile(self) -> Profile:
+        """Return the profile of models that have none of their own."""
+        return Profile(prefill_tokens_per_s=self.prefill_tokens_per_s)
 
     @classmethod
     def settings_customise_sources(

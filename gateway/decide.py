@@ -313,7 +313,14 @@ class KvRouter:
         direction = "late" if late_ms > 0 else "early"
         metrics.TTFT_ERROR_SECONDS.labels(direction).observe(abs(late_ms) / 1000)
         num_tokens = choice.uncached_tokens + choice.candidate.state.backlog_tokens
-        self._rates.observe(choice.candidate.worker, num_tokens=num_tokens, ttft_ms=ttft_ms)
+        self._rates.observe(
+            choice.candidate.worker,
+            num_tokens=num_tokens,
+            predicted_ms=choice.terms.ttft_ms,
+            queue_ms=choice.terms.queue_ms,
+            by=choice.candidate.profile,
+            ttft_ms=ttft_ms,
+        )
 
     def _served(self, model: str) -> ServedModel:
         return self._fleet.snapshot.models.find(model)

@@ -136,7 +136,7 @@ class Lookup:
             state=state,
             overlap_blocks=overlap_blocks,
             degraded=parity.reason if parity.ignores_overlap else None,
-            prefill_tokens_per_s=self._rates.prefill_tokens_per_s(worker),
+            profile=self._rates.profile(worker),
             # `kvlane publish` may not know the size of the cache.
             cache_fill=registered.num_indexed_blocks / worker.num_blocks if worker.num_blocks else 0.0,
         )

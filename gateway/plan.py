@@ -11,13 +11,28 @@ import msgspec
 import xxhash
 
 from gateway.parity import Reason
+from gateway.profile import Profile, num_pairs
 from kvindex.worker import Worker, WorkerState
 
 TIE_SHARE = 0.1
-"""Predictions within this share of the best are equal: measured rates are no better than that."""
+"""Costs within this share of the best, and of what the whole prompt costs, are equal: measured rates are no
+better than that. The second bound keeps a long queue everywhere from making every overlap a tie."""
 
 TIE_MS = 1.0
-"""Predictions within this time of the best are equal, too."""
+"""Costs within this time of the best are equal, too."""
+
+CROWDING = 1.0
+"""What a ms of prefill costs requests that are still to come, in ms of their TTFT: whoever comes meanwhile
+waits for it, and its blocks push out others that would have been found again. `kvlane replay` shows a flat
+optimum between 0.5 and 2; without it conversations leave their worker whenever that saves a little once."""
+
+DECODE_WEIGHT = 0.02
+"""What a ms by which a running answer is held up costs, in ms of a first token. An answer that stalls is a
+little late at its end, which a first token that comes late is from the start. More (0.1) was worth 2 % of the
+time to last tokens on a busy fleet and cost 4 % of the times to first."""
+
+STEP_TOKENS = 2048
+"""Prompt tokens in a step of an engine that does not tell its budget."""
 
 
 class Demand(msgspec.Struct, frozen=True, kw_only=True):
@@ -43,7 +58,8 @@ class Candidate(msgspec.Struct, frozen=True, kw_only=True):
     worker: Worker
     state: WorkerState
     overlap_blocks: int
-    prefill_tokens_per_s: float
+    profile: Profile
+    """What its steps cost, as far as is known."""
     degraded: Reason | None = None
     """Why the overlap does not count; None where it does."""
     cache_fill: float = 0.0
@@ -51,17 +67,31 @@ class Candidate(msgspec.Struct, frozen=True, kw_only=True):
 
 
 class Terms(msgspec.Struct, frozen=True, kw_only=True):
-    """Predicted time to first token, part by part, in milliseconds: their sum is the prediction."""
+    """What sending a request to a worker means, part by part, in milliseconds of time to first token.
+
+    The first three are the prediction for the request itself, the others what it costs others there.
+    """
 
     queue_ms: float
-    """Prefill work that is ahead at the worker."""
+    """Prefill that is ahead at the worker, attention included."""
     prefill_ms: float
-    """This request's tokens that the worker has not cached."""
+    """This request's tokens that the worker has not cached, attention to the cached ones included."""
+    sharing_ms: float = 0.0
+    """The fixed part of the steps until then, and the decodes that run in them."""
+    slowdown_ms: float = 0.0
+    """The prefill as a delay of every answer that is running, by `DECODE_WEIGHT`."""
+    crowding_ms: float = 0.0
+    """The prefill as a cost to requests still to come, by `CROWDING`."""
 
     @property
     def ttft_ms(self) -> float:
         """Predicted time to first token."""
-        return float(sum(msgspec.structs.astuple(self)))
+        return self.queue_ms + self.prefill_ms + self.sharing_ms
+
+    @property
+    def cost_ms(self) -> float:
+        """What the plan goes by: the prediction and the cost to others."""
+        return self.ttft_ms + self.slowdown_ms + self.crowding_ms
 
 
 class Choice(msgspec.Struct, frozen=True, kw_only=True):
@@ -71,6 +101,11 @@ class Choice(msgspec.Struct, frozen=True, kw_only=True):
     cached_tokens: int
     uncached_tokens: int
     terms: Terms
+
+    @property
+    def charge_tokens(self) -> int:
+        """Return the prefill as short prompts' tokens, which is what a reservation charges."""
+        return round(self.terms.prefill_ms * self.candidate.profile.prefill_tokens_per_s / 1000)
 
 
 def obstacle(worker: Worker, served_models: Collection[str], demand: Demand) -> str | None:
@@ -89,19 +124,19 @@ def obstacle(worker: Worker, served_models: Collection[str], demand: Demand) -> 
 def plan(demand: Demand, candidates: Iterable[Candidate], *, seed: int) -> tuple[Choice, ...]:
     """Return every candidate with its terms, best first; equal input gives equal output.
 
-    The lowest predicted TTFT wins. Ties go to the worker with fewer requests in hand, then to the one
-    whose cache has more room (in tenths), then to the one with less of it in live use, then to the draw
-    of `seed`.
+    The lowest cost wins. Ties go to the worker with fewer requests in hand, then to the one whose cache has
+    more room (in tenths), then to the one with less of it in live use, then to the draw of `seed`.
     """
     choices = [weigh(demand, candidate) for candidate in candidates]
-    best_ms = min((choice.terms.ttft_ms for choice in choices), default=0.0)
-    tied_ms = best_ms * (1 + TIE_SHARE) + TIE_MS
+    best_ms = min((choice.terms.cost_ms for choice in choices), default=0.0)
+    most_ms = max((choice.terms.prefill_ms for choice in choices), default=0.0)
+    tied_ms = best_ms + TIE_SHARE * min(best_ms, most_ms) + TIE_MS
 
     def rank(choice: Choice) -> tuple[float, int, float, float, int]:
         worker, state = choice.candidate.worker, choice.candidate.state
-        ttft_ms = max(choice.terms.ttft_ms, tied_ms)
+        cost_ms = max(choice.terms.cost_ms, tied_ms)
         fill = round(choice.candidate.cache_fill, 1)
-        return ttft_ms, num_requests(state), fill, state.load.kv_usage, lot(worker, seed)
+        return cost_ms, num_requests(state), fill, state.load.kv_usage, lot(worker, seed)
 
     return tuple(sorted(choices, key=rank))
 
@@ -119,14 +154,21 @@ def weigh(demand: Demand, candidate: Candidate) -> Choice:
     overlap_blocks = 0 if candidate.degraded else candidate.overlap_blocks
     cached_tokens = min(overlap_blocks, usable_blocks) * block_size
     uncached_tokens = demand.num_tokens - cached_tokens
-    tokens_per_ms = candidate.prefill_tokens_per_s / 1000
+    profile, state = candidate.profile, candidate.state
+    load = state.load
+    prefill_ms = profile.prefill_ms(uncached_tokens, num_pairs(uncached_tokens, cached_tokens))
+    step_tokens = max(1, (candidate.worker.max_num_batched_tokens or STEP_TOKENS) - load.running_requests)
+    num_steps = -(-(state.backlog_tokens + uncached_tokens) // step_tokens)
     return Choice(
         candidate=candidate,
         cached_tokens=cached_tokens,
         uncached_tokens=uncached_tokens,
         terms=Terms(
-            queue_ms=candidate.state.backlog_tokens / tokens_per_ms,
-            prefill_ms=uncached_tokens / tokens_per_ms,
+            queue_ms=profile.prefill_ms(state.backlog_tokens, load.waiting_prefill_pairs),
+            prefill_ms=prefill_ms,
+            sharing_ms=num_steps * profile.shared_step_ms(load.running_requests, load.running_tokens),
+            slowdown_ms=DECODE_WEIGHT * load.running_requests * prefill_ms,
+            crowding_ms=CROWDING * prefill_ms,
         ),
     )
 

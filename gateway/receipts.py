@@ -93,7 +93,7 @@ def _view_choice(choice: Choice) -> dict[str, Any]:
         "waiting_requests": state.load.waiting_requests,
         "charged_requests": state.charged_requests,
         "kv_usage": state.load.kv_usage,
-        "prefill_tokens_per_s": candidate.prefill_tokens_per_s,
+        "prefill_tokens_per_s": candidate.profile.prefill_tokens_per_s,
         "terms": msgspec.to_builtins(choice.terms),
         "ttft_ms": choice.terms.ttft_ms,
     }

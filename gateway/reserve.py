@@ -119,14 +119,14 @@ class Reserver:
             pool,
             decision_id,
             state.slot,
-            prefill_tokens=choice.uncached_tokens,
+            prefill_tokens=choice.charge_tokens,
             seen_backlog_tokens=None if in_any_case else state.backlog_tokens,
             ttl_ms=self._config.reservation_ttl_ms,
         )
         reply = self._calls.start(call)
         asked = self._asked_tokens.setdefault((pool, state.slot), [])
-        asked.append(choice.uncached_tokens)
-        reply.add_done_callback(lambda _: self._told((pool, state.slot), choice.uncached_tokens))
+        asked.append(choice.charge_tokens)
+        reply.add_done_callback(lambda _: self._told((pool, state.slot), choice.charge_tokens))
         return Charge(decision_id, pool, reply)
 
     def _told(self, place: tuple[Pool, int], num_tokens: int) -> None:

@@ -60,8 +60,8 @@ _SUFFIXES = {
     "REMOVALS": ":gone",
 }
 
-LOAD = struct.Struct("<IIIId")
-"""waiting requests, running requests, waiting prefill tokens, running tokens, KV usage."""
+LOAD = struct.Struct("<IIIIdd")
+"""waiting requests, running requests, waiting prefill tokens, running tokens, KV usage, waiting pairs."""
 
 LIVE_ROW = struct.Struct("<dIIII" + LOAD.format.removeprefix("<"))
 """lease expiry (ms), lease (ms), epoch, charged tokens, charged requests, load; zeros if fenced.

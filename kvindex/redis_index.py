@@ -148,13 +148,7 @@ class RedisIndexWriter:
         settle_older_than_ms: int | None = None,
     ) -> SlotState:
         """See `IndexWriter`."""
-        packed = LOAD.pack(
-            load.waiting_requests,
-            load.running_requests,
-            load.waiting_prefill_tokens,
-            load.running_tokens,
-            load.kv_usage,
-        )
+        packed = LOAD.pack(*msgspec.structs.astuple(load))
         age_ms = -1 if settle_older_than_ms is None else settle_older_than_ms
         beat = ScriptCall(_script("heartbeat"), (slot, incarnation, lease_ms, packed, age_ms, *accepted))
         replies = self._redis.run_each(directory(pool), [*_writes(slot, incarnation, batches), beat])

@@ -83,6 +83,8 @@ class Load(msgspec.Struct, frozen=True, kw_only=True):
     """Context tokens of the requests that are decoding."""
     kv_usage: float = 0.0
     """Share of the KV cache in use by live requests, 0 to 1."""
+    waiting_prefill_pairs: float = 0.0
+    """Pairs of a waiting prompt token and one before it: what attention has still to compute."""
 
 
 class WorkerState(msgspec.Struct, frozen=True, kw_only=True):

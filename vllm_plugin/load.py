@@ -73,6 +73,7 @@ class LoadTracker:
         while self._accepted:
             accepted[self._accepted.popleft()] = None
         num_running = waiting_prefill_tokens = running_tokens = 0
+        waiting_prefill_pairs = 0.0
         live = list(self._live.values())
         for request, num_cached_tokens in live:
             num_computed_tokens = request.num_computed_tokens
@@ -83,12 +84,15 @@ class LoadTracker:
             else:
                 # A preempted request computes its output again as well, and at least one token is computed.
                 done_tokens = num_computed_tokens or num_cached_tokens
-                waiting_prefill_tokens += max(1, request.num_tokens - done_tokens)
+                num_left = max(1, request.num_tokens - done_tokens)
+                waiting_prefill_tokens += num_left
+                waiting_prefill_pairs += num_left * (done_tokens + num_left / 2)
         load = Load(
             waiting_requests=len(live) - num_running,
             running_requests=num_running,
             waiting_prefill_tokens=waiting_prefill_tokens,
             running_tokens=running_tokens,
             kv_usage=round(self._kv_usage(), 4),
+            waiting_prefill_pairs=waiting_prefill_pairs,
         )
         return LoadReport(load, tuple(accepted))

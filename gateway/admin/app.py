@@ -74,7 +74,7 @@ def create_app(
                 "models": sorted(snapshot.served_names(worker)),
                 "reachable": worker.endpoint not in snapshot.unreachable,
                 "parity": snapshot.parity_of(worker),
-                "prefill_tokens_per_s": rates.prefill_tokens_per_s(worker),
+                "prefill_tokens_per_s": rates.profile(worker).prefill_tokens_per_s,
                 "requests_from_here": router.requests_in_flight.get(worker.worker_id, 0),
             }
 

@@ -113,6 +113,7 @@ class Engine:
             ),
             running_tokens=self._context_tokens,
             kv_usage=self.cache.num_used_blocks / self.cache.num_blocks,
+            waiting_prefill_pairs=sum(_pairs_left(job) for job in waiting),
         )
 
     def _end(self, now_ms: float) -> Ended:
@@ -149,7 +150,7 @@ class Engine:
         num_decoding = len(self._decoding)
         prefill_ms = self._schedule_prefill(self.spec.max_num_batched_tokens - num_decoding)
         self._is_prefill = bool(prefill_ms)
-        step_ms = profile.step_ms + profile.decode_ms(num_decoding, self._context_tokens)
+        step_ms = profile.shared_step_ms(num_decoding, self._context_tokens)
         if self._is_prefill:
             self._num_steps = 1
             self.wake_ms = now_ms + step_ms + prefill_ms
@@ -218,7 +219,7 @@ class Engine:
     def _stretch(self) -> tuple[float, float]:
         profile, num_decoding = self.spec.profile, len(self._decoding)
         square = num_decoding * profile.decode_ns_per_token / 2e6
-        return profile.step_ms + profile.decode_ms(num_decoding, self._context_tokens) - square, square
+        return profile.shared_step_ms(num_decoding, self._context_tokens) - square, square
 
     def _cut_short(self, now_ms: float) -> None:
         """End a stretch of decoding with the step that is under way."""
@@ -233,3 +234,8 @@ class Engine:
         if num_steps < self._num_steps:
             self._num_steps = num_steps
             self.wake_ms = max(now_ms, self._began_ms + self._stretch_ms(num_steps))
+
+
+def _pairs_left(job: Job) -> float:
+    done_tokens = job.computed_tokens or job.cached_tokens
+    return num_pairs(job.request.num_tokens - done_tokens, done_tokens)

@@ -2,18 +2,25 @@
 
 from __future__ import annotations
 
+from dataclasses import fields
 from pathlib import Path
+from typing import Annotated
 
-import msgspec
-import msgspec.yaml
+import yaml
+from pydantic import ConfigDict, Field, TypeAdapter, ValidationError
+from pydantic.dataclasses import dataclass
 
 from gateway.errors import TraceError
 from gateway.profile import Profile
 from gateway.replay.engine import EngineSpec
+from kvindex.config import describe
 from kvindex.errors import ConfigError
 
+Count = Annotated[int, Field(gt=0)]
 
-class EngineFile(Profile, frozen=True, kw_only=True, forbid_unknown_fields=True):
+
+@dataclass(frozen=True, slots=True, kw_only=True, config=ConfigDict(extra="forbid"))
+class EngineFile(Profile):
     """An engine as a file describes it: the costs of its steps, its cache, its scheduler's limits.
 
     The defaults stand for a dense model of 70 billion parameters with grouped-query attention, in 16 bits on
@@ -23,19 +30,19 @@ class EngineFile(Profile, frozen=True, kw_only=True, forbid_unknown_fields=True)
     at the same. Cache: what the weights leave of 90 % of the memory.
     """
 
-    prefill_tokens_per_s: float = 23_000.0
-    attention_ns_per_pair: float = 0.8
-    step_ms: float = 13.0
-    decode_us_per_request: float = 50.0
-    decode_ns_per_token: float = 17.0
-    kv_tokens: int = 1_360_000
-    max_num_batched_tokens: int = 8_192
-    max_num_seqs: int = 256
+    prefill_tokens_per_s: Annotated[float, Field(gt=0, allow_inf_nan=False)] = 23_000.0
+    attention_ns_per_pair: Annotated[float, Field(ge=0, allow_inf_nan=False)] = 0.8
+    step_ms: Annotated[float, Field(gt=0, allow_inf_nan=False)] = 13.0
+    decode_us_per_request: Annotated[float, Field(ge=0, allow_inf_nan=False)] = 50.0
+    decode_ns_per_token: Annotated[float, Field(ge=0, allow_inf_nan=False)] = 17.0
+    kv_tokens: Count = 1_360_000
+    max_num_batched_tokens: Count = 8_192
+    max_num_seqs: Count = 256
 
     def spec(self, block_size: int) -> EngineSpec:
         """Return the engine for a trace that is cut into blocks of this size."""
         return EngineSpec(
-            profile=Profile(**{name: getattr(self, name) for name in Profile.__struct_fields__}),
+            profile=Profile(**{each.name: getattr(self, each.name) for each in fields(Profile)}),
             num_blocks=self.kv_tokens // block_size,
             block_size=block_size,
             max_num_batched_tokens=self.max_num_batched_tokens,
@@ -52,14 +59,11 @@ def read_engine(file: Path | None) -> EngineFile:
     if file is None:
         return EngineFile()
     try:
-        engine = msgspec.yaml.decode(file.read_bytes(), type=EngineFile)
-    except (OSError, msgspec.DecodeError) as error:
+        engine = TypeAdapter(EngineFile).validate_python(yaml.safe_load(file.read_text()) or {})
+    except (OSError, UnicodeDecodeError, yaml.YAMLError) as error:
         raise ConfigError(f"--engine {file}: {error}") from error
-    positive = ("prefill_tokens_per_s", "step_ms", "kv_tokens", "max_num_batched_tokens", "max_num_seqs")
-    for name in EngineFile.__struct_fields__:
-        value = getattr(engine, name)
-        if value < 0 or (value == 0 and name in positive):
-            raise ConfigError(f"--engine {file}: {name} is {value}; it must be above 0")
+    except ValidationError as error:
+        raise ConfigError(f"--engine {file}: {describe(error)}") from error
     if engine.max_num_seqs >= engine.max_num_batched_tokens:
         raise ConfigError(f"--engine {file}: max_num_seqs must be below max_num_batched_tokens")
     return engine

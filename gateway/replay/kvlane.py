@@ -60,12 +60,11 @@ class Kvlane:
     """One gateway. Implements `Policy`."""
 
     def __init__(self, fleet: FleetSpec, index: SimulatedIndex, seed: int) -> None:
-        profile = fleet.engine.profile
         self._index = index
         self._seed = seed
         config = load_config(index_deadline_ms=FOREVER_MS // 1_000_000)
         self._reserver = Reserver(config, index.reader, Calls())
-        self._rates = Rates(profile.prefill_tokens_per_s)
+        self._rates = Rates(fleet.engine.profile)
         self._candidates: dict[int, tuple[Demand, tuple[Candidate, ...]]] = {}
         self._sent: dict[int, tuple[Choice, Charge]] = {}
 
@@ -81,7 +80,7 @@ class Kvlane:
                 worker=self._index.workers[state.slot],
                 state=state,
                 overlap_blocks=match.overlap_blocks.get(state.slot, 0),
-                prefill_tokens_per_s=self._rates.prefill_tokens_per_s(self._index.workers[state.slot]),
+                profile=self._rates.profile(self._index.workers[state.slot]),
             )
             for state in match.states
         )
@@ -107,7 +106,14 @@ class Kvlane:
         self._reserver.take_back(charge)
         worker = choice.candidate.worker
         num_tokens = choice.uncached_tokens + choice.candidate.state.backlog_tokens
-        self._rates.observe(worker, num_tokens=num_tokens, ttft_ms=job.ttft_ms)
+        self._rates.observe(
+            worker,
+            num_tokens=num_tokens,
+            predicted_ms=choice.terms.ttft_ms,
+            queue_ms=choice.terms.queue_ms,
+            by=choice.candidate.profile,
+            ttft_ms=job.ttft_ms,
+        )
 
 
 def _describe(fleet: FleetSpec, number: int) -> Worker:

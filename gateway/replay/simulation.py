@@ -157,8 +157,12 @@ class Simulation:
 
     def _report(self, worker: int, now_ms: float) -> None:
         engine = self._engines[worker]
-        accepted, self._accepted[worker] = self._accepted[worker], []
-        self._surroundings.reported(worker, engine.load(), accepted, now_ms)
+        self._tell(worker, now_ms)
         self._reporting[worker] = engine.is_busy
         if engine.is_busy:
             self._foresee(now_ms + self._fleet.report_ms, _Kind.REPORT, worker)
+
+    def _tell(self, worker: int, now_ms: float) -> None:
+        engine = self._engines[worker]
+        accepted, self._accepted[worker] = self._accepted[worker], []
+        self._surroundings.reported(worker, engine.load(), accepted, now_ms)

@@ -13,6 +13,7 @@ from gateway.errors import RequestError, TokenizerError
 from gateway.fleet import Fleet
 from gateway.parity import Parity, Reason, State, degraded
 from gateway.probe import worker_client
+from gateway.profile import Profile
 from gateway.rates import Rates
 from gateway.readiness import Readiness
 from gateway.receipts import Receipts
@@ -71,7 +72,7 @@ class Gateway:
         self.fleet = Fleet(GatewayConfig(), self.index, client)
         self.receipts = Receipts(10)
         self.readiness = Readiness()
-        rates = Rates(1000)
+        rates = Rates(Profile(prefill_tokens_per_s=1000))
         self.router = KvRouter(
             GatewayConfig(index_deadline_ms=2_000),
             self.index,

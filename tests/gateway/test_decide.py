@@ -110,7 +110,7 @@ class Bench:
         self.fleet = Fleet(self.config, self.index, client)
         self.reader = ScriptedReader(self.fleet)
         self.receipts = Receipts(100)
-        self.rates = Rates(self.config.prefill_tokens_per_s)
+        self.rates = Rates(self.config.default_profile)
         self.router = KvRouter(
             self.config, self.index, self.fleet, self.reader, rates=self.rates, receipts=self.receipts
         )
@@ -558,13 +558,13 @@ async def test_measured_ttft_corrects_the_rate_and_completes_the_receipt(bench):
     decision = await bench.decide(stream=True)
     bench.router.record(served(decision))
     assert bench.receipt(decision).served.ttft_ms == 2000
-    slower = bench.rates.prefill_tokens_per_s(worker)
+    slower = bench.rates.profile(worker).prefill_tokens_per_s
     assert slower < 1000
     # An answer that is not streamed ends with its first byte; it tells nothing of prefill.
     bench.router.record(served(await bench.decide(stream=False)))
     bench.router.record(served(await bench.decide(stream=True), status=500))
     bench.router.record(served(await bench.decide(stream=True), worker="b:1"))
-    assert bench.rates.prefill_tokens_per_s(worker) == pytest.approx(slower, rel=1e-3)
+    assert bench.rates.profile(worker).prefill_tokens_per_s == pytest.approx(slower, rel=1e-3)
 
 
 async def test_a_record_of_an_unknown_decision_is_ignored(bench):
@@ -626,16 +626,16 @@ async def test_nothing_is_learned_from_a_worker_whose_cache_is_not_known(bench):
     await bench.join("a:1")
     worker, _ = bench.slots["a:1"]
     bench.fleet.note_parity(worker, degraded(worker, Reason.TOKENS, "they differ"))
-    before = bench.rates.prefill_tokens_per_s(worker)
+    before = bench.rates.profile(worker).prefill_tokens_per_s
     decision = await bench.decide(stream=True)
     bench.router.record(served(decision, worker="a:1", ttft_ms=1.0))
-    assert bench.rates.prefill_tokens_per_s(worker) == before
+    assert bench.rates.profile(worker).prefill_tokens_per_s == before
 
 
 async def test_a_target_sends_to_whoever_meets_it_with_least_to_compute(make):
     bench = make(admission="shadow")
     await bench.join("idle:1")
-    await bench.join("holder:1", blocks=blocks_of(), load=Load(waiting_prefill_tokens=500))
+    await bench.join("holder:1", blocks=blocks_of(), load=Load(waiting_prefill_tokens=900))
     for target_ms, chosen, verdict in [(2_000, "holder:1", "in_time"), (100, "idle:1", "late")]:
         without = await bench.decide()
         assert without.destinations[0] == "idle:1"

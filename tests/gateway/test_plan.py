@@ -5,7 +5,20 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from gateway.parity import Reason
-from gateway.plan import TIE_MS, TIE_SHARE, Candidate, Demand, Terms, least_loaded, obstacle, plan, weigh
+from gateway.plan import (
+    CROWDING,
+    DECODE_WEIGHT,
+    TIE_MS,
+    TIE_SHARE,
+    Candidate,
+    Demand,
+    Terms,
+    least_loaded,
+    obstacle,
+    plan,
+    weigh,
+)
+from gateway.profile import Profile
 from kvindex.worker import Load, WorkerState
 from tests.support.workers import make_worker
 
@@ -29,7 +42,7 @@ def candidate(
         worker=make_worker(name),
         state=state,
         overlap_blocks=overlap,
-        prefill_tokens_per_s=rate,
+        profile=Profile(prefill_tokens_per_s=rate),
         cache_fill=fill,
         degraded=degraded,
     )
@@ -48,8 +61,40 @@ def test_terms_are_backlog_and_uncached_tokens_over_the_rate():
     choice = weigh(demand(100), candidate(overlap=2, backlog=300, charged=200, rate=1000))
     assert choice.cached_tokens == 32
     assert choice.uncached_tokens == 68
-    assert choice.terms == Terms(queue_ms=500.0, prefill_ms=68.0)
+    assert choice.terms == Terms(queue_ms=500.0, prefill_ms=68.0, crowding_ms=68.0 * CROWDING)
     assert choice.terms.ttft_ms == 568.0
+    assert choice.terms.cost_ms == 568.0 + 68.0 * CROWDING
+
+
+def test_attention_grows_with_the_square_and_its_share_of_the_queue_is_reported():
+    profile = Profile(prefill_tokens_per_s=1000, attention_ns_per_pair=1e6)
+    load = Load(waiting_prefill_tokens=10, waiting_prefill_pairs=250.0)
+    state = WorkerState(slot=0, load=load, charged_tokens=5, charged_requests=1)
+    worker = Candidate(worker=make_worker(), state=state, overlap_blocks=2, profile=profile)
+    choice = weigh(demand(100), worker)
+    pairs = 68 * 32 + 68 * 68 / 2
+    assert choice.terms.prefill_ms == pytest.approx(68 + pairs)
+    assert choice.terms.queue_ms == pytest.approx(15 + 250)
+    assert choice.charge_tokens == round(68 + pairs)
+
+
+def test_running_decodes_slow_the_prefill_and_the_prefill_slows_them():
+    profile = Profile(
+        prefill_tokens_per_s=1000, step_ms=5, decode_us_per_request=100, decode_ns_per_token=1000
+    )
+    load = Load(running_requests=20, running_tokens=3000, waiting_prefill_tokens=100)
+    state = WorkerState(slot=0, load=load, charged_tokens=0, charged_requests=0)
+    worker = make_worker(max_num_batched_tokens=70)
+    terms = weigh(demand(100), Candidate(worker=worker, state=state, overlap_blocks=0, profile=profile)).terms
+    assert terms.sharing_ms == pytest.approx(4 * (5 + 2 + 3))
+    assert terms.slowdown_ms == pytest.approx(DECODE_WEIGHT * 20 * 100)
+    assert terms.ttft_ms == pytest.approx(100 + 100 + 40)
+
+
+def test_a_long_queue_everywhere_makes_no_tie_of_an_overlap():
+    asked = demand(1600)
+    warm, cold = candidate("warm:1", overlap=90, backlog=100_000), candidate("cold:1", backlog=99_000)
+    assert names(plan(asked, [warm, cold], seed=1))[0] == "warm:1"
 
 
 @pytest.mark.parametrize(
@@ -74,7 +119,7 @@ def test_overlap_wins_until_the_queue_costs_more():
     asked = demand(1600)
     warm = candidate("warm:1", overlap=90, backlog=1000)
     assert names(plan(asked, [warm, candidate("cold:1")], seed=1)) == ["warm:1", "cold:1"]
-    busy = candidate("warm:1", overlap=90, backlog=1700)
+    busy = candidate("warm:1", overlap=90, backlog=4000)
     assert names(plan(asked, [busy, candidate("cold:1")], seed=1)) == ["cold:1", "warm:1"]
 
 
@@ -98,7 +143,7 @@ def test_ties_go_by_requests_then_room_then_kv_usage_then_the_draw():
 
 def test_a_difference_within_the_noise_is_a_tie():
     asked = demand(1000)
-    nearly = candidate("b:1", rate=1000 / (1 + TIE_SHARE), running=0)
+    nearly = candidate("b:1", rate=1000 / (1 + TIE_SHARE / 2), running=0)
     assert names(plan(asked, [candidate("a:1", running=1), nearly], seed=1))[0] == "b:1"
 
 
@@ -167,8 +212,8 @@ def test_the_winner_is_within_the_tie_of_the_fastest_and_something_is_always_com
     given_, num_tokens, seed
 ):
     choices = plan(demand(num_tokens), given_, seed=seed)
-    best_ms = min(choice.terms.ttft_ms for choice in choices)
-    assert choices[0].terms.ttft_ms <= best_ms * (1 + TIE_SHARE) + TIE_MS
+    best_ms = min(choice.terms.cost_ms for choice in choices)
+    assert choices[0].terms.cost_ms <= best_ms * (1 + TIE_SHARE) + TIE_MS
     assert all(1 <= choice.uncached_tokens <= num_tokens for choice in choices)
     assert all(choice.cached_tokens + choice.uncached_tokens == num_tokens for choice in choices)
 
@@ -187,7 +232,7 @@ def test_more_overlap_or_less_backlog_never_worsens_a_rank(given_, num_tokens, s
         worker=first.worker,
         state=first.state,
         overlap_blocks=first.overlap_blocks + more,
-        prefill_tokens_per_s=first.prefill_tokens_per_s,
+        profile=first.profile,
     )
     assert rank_of(name, plan(demand(num_tokens), [warmer, *others], seed=seed)) <= rank_of(name, before)
     idler = candidate(
@@ -197,6 +242,6 @@ def test_more_overlap_or_less_backlog_never_worsens_a_rank(given_, num_tokens, s
         charged=first.state.charged_tokens,
         running=load.running_requests,
         usage=load.kv_usage,
-        rate=first.prefill_tokens_per_s,
+        rate=first.profile.prefill_tokens_per_s,
     )
     assert rank_of(name, plan(demand(num_tokens), [idler, *others], seed=seed)) <= rank_of(name, before)

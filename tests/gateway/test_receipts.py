@@ -3,7 +3,8 @@ from __future__ import annotations
 import msgspec
 
 from gateway.decision import End, Served
-from gateway.plan import Candidate, Demand, plan
+from gateway.plan import CROWDING, Candidate, Demand, plan
+from gateway.profile import Profile
 from gateway.receipts import Receipt, Receipts
 from kvindex.worker import Load, WorkerState
 from tests.support.workers import make_worker
@@ -43,13 +44,21 @@ def test_an_old_receipt_takes_no_newer_one_of_the_same_request_with_it():
 def test_the_view_names_every_candidate_with_its_terms():
     worker = make_worker("a:1")
     state = WorkerState(slot=4, load=Load(waiting_prefill_tokens=100), charged_tokens=20, charged_requests=1)
-    candidate = Candidate(worker=worker, state=state, overlap_blocks=2, prefill_tokens_per_s=1000)
+    candidate = Candidate(
+        worker=worker, state=state, overlap_blocks=2, profile=Profile(prefill_tokens_per_s=1000)
+    )
     choices = plan(Demand(num_tokens=50, num_lookup_tokens=50, model="tiny"), [candidate], seed=1)
     served = Served("d1", 200, "a:1", 12.5, 80.0, 10, 20)
     full = receipt("d1", choices=choices, chosen="a:1", end=End.COMPLETE, served=served)
     view = msgspec.json.decode(msgspec.json.encode(full.view()))
     (seen,) = view["candidates"]
-    assert seen["terms"] == {"queue_ms": 120.0, "prefill_ms": 18.0}
+    assert seen["terms"] == {
+        "queue_ms": 120.0,
+        "prefill_ms": 18.0,
+        "sharing_ms": 0.0,
+        "slowdown_ms": 0.0,
+        "crowding_ms": 18.0 * CROWDING,
+    }
     assert (seen["worker"], seen["slot"], seen["ttft_ms"]) == ("a:1", 4, 138.0)
     assert (view["matched_tokens"], view["predicted_ttft_ms"]) == (32, 138.0)
     assert view["served"]["ttft_ms"] == 12.5

@@ -38,10 +38,14 @@ def tracker(usage: float = 0.0) -> LoadTracker:
 def test_a_request_from_arrival_to_end():
     load, request = tracker(0.25), Request("a", num_cached_tokens=64)
     load.add(request)
-    assert load.report().load == Load(waiting_requests=1, waiting_prefill_tokens=36, kv_usage=0.25)
+    assert load.report().load == Load(
+        waiting_requests=1, waiting_prefill_tokens=36, kv_usage=0.25, waiting_prefill_pairs=36 * (64 + 18)
+    )
     # The first chunk: the hit and 16 tokens.
     request.status, request.num_computed_tokens = Status.RUNNING, 80
-    assert load.report().load == Load(running_requests=1, waiting_prefill_tokens=20, kv_usage=0.25)
+    assert load.report().load == Load(
+        running_requests=1, waiting_prefill_tokens=20, kv_usage=0.25, waiting_prefill_pairs=20 * (80 + 10)
+    )
     request.num_computed_tokens = 100
     assert load.report().load == Load(running_requests=1, running_tokens=100, kv_usage=0.25)
     request.num_output_tokens, request.num_computed_tokens = 11, 110
@@ -57,7 +61,9 @@ def test_a_preempted_request_computes_its_output_again():
     )
     load.add(request)
     request.status, request.num_computed_tokens = Status.PREEMPTED, 0
-    assert load.report().load == Load(waiting_requests=1, waiting_prefill_tokens=141)
+    assert load.report().load == Load(
+        waiting_requests=1, waiting_prefill_tokens=141, waiting_prefill_pairs=141 * 141 / 2
+    )
 
 
 def test_a_prompt_that_is_cached_whole_still_computes_a_token():

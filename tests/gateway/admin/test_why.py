@@ -19,6 +19,7 @@ from gateway.decide import KvRouter
 from gateway.decision import End, HttpRequest, Served
 from gateway.fleet import Fleet
 from gateway.probe import ModelCard, worker_client
+from gateway.profile import Profile
 from gateway.rates import Rates
 from gateway.readiness import Readiness
 from gateway.receipts import Receipts
@@ -87,7 +88,7 @@ class Gateway:
         config = GatewayConfig(index_deadline_ms=10_000, receipt_hashes=receipt_hashes)
         self.fleet = Fleet(config, reader, client)
         self.receipts = Receipts(1000)
-        parts = {"rates": Rates(1000), "receipts": self.receipts}
+        parts = {"rates": Rates(Profile(prefill_tokens_per_s=1000)), "receipts": self.receipts}
         self.router = KvRouter(config, reader, self.fleet, TokenReader(), **parts)
         self.app = create_app(self.router, self.fleet, reader, **parts, readiness=Readiness())
 

@@ -25,6 +25,7 @@ from gateway.errors import RequestError
 from gateway.extproc.messages import CHUNK_BYTES, PICK_KEY
 from gateway.fleet import Fleet
 from gateway.probe import worker_client
+from gateway.profile import Profile
 from gateway.protos import ext_proc_pb2 as wire
 from gateway.rates import Rates
 from gateway.readiness import Readiness
@@ -113,7 +114,12 @@ class Picker:
         self.fleet = Fleet(self.config, index, client)
         self.receipts = Receipts(10)
         self.router = KvRouter(
-            self.config, index, self.fleet, SameReader(), rates=Rates(1000), receipts=self.receipts
+            self.config,
+            index,
+            self.fleet,
+            SameReader(),
+            rates=Rates(Profile(prefill_tokens_per_s=1000)),
+            receipts=self.receipts,
         )
         self.readiness = Readiness()
 

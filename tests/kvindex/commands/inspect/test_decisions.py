@@ -5,6 +5,7 @@ import json
 import msgspec
 
 from gateway.plan import Candidate, Choice, Demand, weigh
+from gateway.profile import Profile
 from gateway.receipts import Receipt
 from kvindex.errors import AdminUnavailable, ConfigError
 from kvindex.worker import Load, WorkerState
@@ -25,7 +26,9 @@ def receipt(*choices: Choice) -> dict[str, object]:
 def weighed() -> Choice:
     """Return a candidate that holds 64 of 75 blocks and is weighed for 1,200 tokens."""
     state = WorkerState(slot=0, load=Load(running_requests=3), charged_tokens=12, charged_requests=1)
-    candidate = Candidate(worker=WORKER, state=state, overlap_blocks=64, prefill_tokens_per_s=8_000)
+    candidate = Candidate(
+        worker=WORKER, state=state, overlap_blocks=64, profile=Profile(prefill_tokens_per_s=8_000)
+    )
     return weigh(Demand(num_tokens=1200, num_lookup_tokens=1200, model="tiny"), candidate)
 
 
