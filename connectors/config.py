@@ -30,13 +30,19 @@ class TransferConfig(BaseSettings):
         description="Staging buffers for sending, and as many for receiving.",
     )
     staging_poison: bool = Field(False, description="Check that no staging buffer is used after its end.")
+    transfer_metrics_port: int = Field(
+        0,
+        ge=0,
+        lt=65536,
+        description="Port of the first rank's Prometheus metrics, the next ranks' follow; 0: none.",
+    )
     lease_s: float = Field(
         10.0,
         gt=0,
         description="How long blocks wait for their receiver, and a receiver for its sender's request.",
     )
     peer_timeout_s: float = Field(
-        3.0, gt=0, description="A peer with a transfer under way that is silent for this long is lost."
+        10.0, gt=0, description="A peer with a transfer under way that is silent for this long is lost."
     )
     chunk_timeout_s: float = Field(
         30.0, gt=0, description="Longest wait for a chunk: to be computed, for a buffer, or on the wire."

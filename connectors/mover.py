@@ -340,5 +340,6 @@ class KVMover:
         try:
             await channel.listen(handle, is_busy)
         finally:
+            _log.info("peer_gone", peer=channel.name, reason=str(channel.lost.result()))
             self._transport().disconnect(peer)
             self._channels.discard(channel)

@@ -139,8 +139,8 @@ class Sender:
 
     async def abort(self, transfer_id: str, reason: str) -> None:
         """End a transfer: its request was aborted. No block is read when this returns."""
-        if (outgoing := self._live.get(transfer_id)) is not None:
-            await self._end(outgoing, TransferAborted(reason))
+        if transfer_id not in self._used:
+            await self._end(self._get(transfer_id), TransferAborted(reason))
 
     # What the receivers say
 

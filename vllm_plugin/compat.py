@@ -3,10 +3,13 @@
 from __future__ import annotations
 
 from bisect import bisect_left
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
+import torch
 import vllm
+from vllm.distributed import get_tensor_model_parallel_rank
 from vllm.distributed.kv_events import ZmqEventPublisher
 from vllm.distributed.kv_transfer.kv_connector.v1.base import (
     KVConnectorBase_V1,
@@ -14,13 +17,15 @@ from vllm.distributed.kv_transfer.kv_connector.v1.base import (
     KVConnectorRole,
     SupportsHMA,
 )
-from vllm.v1.kv_cache_interface import FullAttentionSpec
+from vllm.v1.kv_cache_interface import FullAttentionSpec, MLAAttentionSpec
 
+from connectors.geometry import Geometry, Layout
 from kvindex.errors import ConfigError
 
 if TYPE_CHECKING:
     from vllm.config import VllmConfig
     from vllm.v1.core.block_pool import BlockPool
+    from vllm.v1.core.sched.output import SchedulerOutput
     from vllm.v1.kv_cache_interface import KVCacheConfig
     from vllm.v1.request import Request
 
@@ -29,13 +34,20 @@ __all__ = [
     "KVConnectorBase_V1",
     "KVConnectorMetadata",
     "KVConnectorRole",
+    "ScheduledRequest",
     "SupportsHMA",
     "block_size",
     "bytes_per_token",
+    "cache_geometry",
     "cached_tokens_counter",
+    "check_transfer",
     "event_endpoints",
     "followed_group",
+    "model_identity",
+    "preempted",
+    "record_event",
     "report_new_copies_only",
+    "scheduled",
 ]
 
 ENGINE = f"vLLM {vllm.__version__}"
@@ -126,3 +138,145 @@ def event_endpoints(vllm_config: VllmConfig) -> tuple[str, str | None]:
 
 def _from_here(endpoint: str) -> str:
     return endpoint.replace("tcp://*:", "tcp://127.0.0.1:")
+
+
+@dataclass(frozen=True, slots=True)
+class ScheduledRequest:
+    """What one step computes of one request."""
+
+    request_id: str
+    block_ids: list[int]
+    """Its physical blocks: all of them, or those that are new."""
+    are_all_blocks: bool
+    num_computed_tokens: int
+    num_scheduled_tokens: int
+
+
+def scheduled(output: SchedulerOutput) -> Iterator[ScheduledRequest]:
+    """Yield what a step computes, for engines with one KV cache group."""
+    for new in output.scheduled_new_reqs:
+        num = output.num_scheduled_tokens[new.req_id]
+        yield ScheduledRequest(new.req_id, list(new.block_ids[0]), True, new.num_computed_tokens, num)
+    cached = output.scheduled_cached_reqs
+    for request_id, blocks, num_computed in zip(
+        cached.req_ids, cached.new_block_ids, cached.num_computed_tokens, strict=True
+    ):
+        yield ScheduledRequest(
+            request_id,
+            list(blocks[0]) if blocks else [],
+            request_id in cached.resumed_req_ids,
+            num_computed,
+            output.num_scheduled_tokens[request_id],
+        )
+
+
+def preempted(output: SchedulerOutput) -> set[str]:
+    """Return the requests that lose their blocks with this step."""
+    return output.preempted_req_ids or set()
+
+
+def model_identity(vllm_config: VllmConfig) -> str:
+    """Return what must be equal for two engines' KV to mean the same."""
+    model = vllm_config.model_config
+    name = model.served_model_name or model.model
+    name = name[0] if isinstance(name, list) else name
+    return f"{name}, quantisation {model.quantization or 'none'}, revision {model.revision or 'none'}"
+
+
+def check_transfer(vllm_config: VllmConfig, kv_cache_config: KVCacheConfig) -> None:
+    """Raise if KV cannot be moved to or from this engine.
+
+    Raises:
+        ConfigError: it cannot; the message says what to change.
+    """
+    off = "or remove kvlane.transfer_port"
+    if len(kv_cache_config.kv_cache_groups) != 1:
+        raise ConfigError(
+            f"the model has {len(kv_cache_config.kv_cache_groups)} KV cache groups, and KV of one is moved: "
+            f"add --disable-hybrid-kv-cache-manager, {off}"
+        )
+    if vllm_config.parallel_config.pipeline_parallel_size != 1:
+        raise ConfigError(f"KV is not moved between pipeline stages: set --pipeline-parallel-size 1, {off}")
+    if vllm_config.kv_transfer_config.kv_load_failure_policy != "recompute":
+        raise ConfigError(
+            'a transfer may fail: set "kv_load_failure_policy": "recompute" in --kv-transfer-config, ' + off
+        )
+
+
+def cache_geometry(
+    vllm_config: VllmConfig, kv_cache_config: KVCacheConfig, kv_caches: dict[str, torch.Tensor]
+) -> tuple[Geometry, list[torch.Tensor]]:
+    """Return what this rank's cache is, and its tensors with their axes in the order of memory.
+
+    Raises:
+        ConfigError: the tensors are like none that we know.
+    """
+    group = kv_cache_config.kv_cache_groups[0]
+    spec = group.kv_cache_spec
+    layers = [kv_caches[name] for name in group.layer_names if name in kv_caches]
+    is_mla = isinstance(spec, MLAAttentionSpec)
+    axes = _axes(layers[0], spec.block_size, is_mla=is_mla)
+    layers = [layer.permute(_memory_order(layer)) for layer in layers]
+    # The CPU's kernels order the numbers of a head of a block as suits them.
+    is_packed = layers[0].device.type == "cpu" and not is_mla
+    try:
+        layout = Layout.PACKED if is_packed else Layout(axes)
+    except ValueError as error:
+        raise ConfigError(
+            f"KV caches of shape {tuple(layers[0].shape)} and axes {axes} cannot be moved: remove "
+            "kvlane.transfer_port"
+        ) from error
+    geometry = Geometry(
+        layout=layout,
+        num_layers=len(layers),
+        block_size=spec.block_size,
+        num_heads=1 if is_mla else vllm_config.model_config.get_total_num_kv_heads(),
+        head_size=spec.head_size,
+        dtype=str(layers[0].dtype).removeprefix("torch."),
+        itemsize=layers[0].element_size(),
+        packing=_packing(vllm_config, spec) if is_packed else "",
+        tp_rank=get_tensor_model_parallel_rank(),
+        tp_size=vllm_config.parallel_config.tensor_parallel_size,
+    )
+    return geometry, layers
+
+
+def record_event() -> torch.cuda.Event | None:
+    """Return an event behind what was enqueued on this thread's GPU stream, or None without a GPU."""
+    if not torch.cuda.is_available():
+        return None
+    event = torch.cuda.Event()  # type: ignore[no-untyped-call]
+    event.record()
+    return event
+
+
+def _axes(layer: torch.Tensor, block_size: int, *, is_mla: bool) -> str:
+    """Name a layer's axes in the order of memory, as `connectors.geometry` does.
+
+    0.24 hands over (2, B, T, H, D) or (B, 2, T, H, D), 0.32 (B, H, T, 2 * D), and both (B, T, D) for MLA; how
+    they lie in memory is told by their strides.
+    """
+    if is_mla:
+        return "BTD"
+    match layer.dim():
+        case 5:
+            logical = ("KB" if layer.shape[0] == 2 else "BK") + "THD"
+        case 4:
+            logical = "BHTX"
+        case _:
+            return ""
+    if layer.shape[logical.index("T")] != block_size:
+        return ""
+    return "".join(logical[axis] for axis in _memory_order(layer)).replace("X", "KD")
+
+
+def _memory_order(layer: torch.Tensor) -> list[int]:
+    """Return a tensor's axes, the outermost in memory first."""
+    strides = layer.stride()
+    return sorted(range(layer.dim()), key=lambda axis: strides[axis], reverse=True)
+
+
+def _packing(vllm_config: VllmConfig, spec: FullAttentionSpec) -> str:
+    from vllm.v1.attention.backends.cpu_attn import _get_attn_isa
+
+    return str(_get_attn_isa(spec.dtype, spec.block_size, spec.head_size))

@@ -8,7 +8,9 @@ from __future__ import annotations
 from typing import TYPE_CHECKING, Any
 
 from vllm_plugin.compat import KVConnectorBase_V1, KVConnectorMetadata, KVConnectorRole, SupportsHMA
+from vllm_plugin.metadata import KvlaneMetadata
 from vllm_plugin.scheduler_side import SchedulerSide
+from vllm_plugin.worker_side import WorkerSide
 
 if TYPE_CHECKING:
     import torch
@@ -21,13 +23,11 @@ if TYPE_CHECKING:
     from vllm.v1.kv_cache_interface import KVCacheConfig
     from vllm.v1.request import Request
 
-
-class KvlaneMetadata(KVConnectorMetadata):
-    """What a step's scheduler tells its workers: nothing, while no KV is moved."""
+    from vllm_plugin.transfer_scheduler import TransferScheduler
 
 
 class KvlaneConnector(KVConnectorBase_V1, SupportsHMA):
-    """Publishes the engine's cache and load to the global index. It moves no KV."""
+    """Publishes the engine's cache and load to the global index, and moves KV between engines."""
 
     def __init__(
         self, vllm_config: VllmConfig, role: KVConnectorRole, kv_cache_config: KVCacheConfig
@@ -36,11 +36,18 @@ class KvlaneConnector(KVConnectorBase_V1, SupportsHMA):
         self.scheduler_side = (
             SchedulerSide(vllm_config, kv_cache_config) if role is KVConnectorRole.SCHEDULER else None
         )
+        self.worker_side = (
+            WorkerSide(vllm_config, kv_cache_config) if role is KVConnectorRole.WORKER else None
+        )
+
+    @property
+    def _transfer(self) -> TransferScheduler | None:
+        return self.scheduler_side.transfer if self.scheduler_side is not None else None
 
     @property
     def requires_kv_delivery(self) -> bool:
-        """Whether finished requests owe their KV to another engine."""
-        return False
+        """Whether finished requests may owe their KV to another engine."""
+        return self._transfer is not None
 
     # Scheduler side
 
@@ -50,9 +57,11 @@ class KvlaneConnector(KVConnectorBase_V1, SupportsHMA):
             self.scheduler_side.start(gpu_block_pool)
 
     def shutdown(self) -> None:
-        """Stop publishing."""
+        """Stop publishing, and moving KV."""
         if self.scheduler_side is not None:
             self.scheduler_side.stop()
+        if self.worker_side is not None:
+            self.worker_side.stop()
 
     def on_new_request(self, request: Request) -> None:
         """Note a request that the engine has taken."""
@@ -62,37 +71,55 @@ class KvlaneConnector(KVConnectorBase_V1, SupportsHMA):
     def get_num_new_matched_tokens(
         self, request: Request, num_computed_tokens: int
     ) -> tuple[int | None, bool]:
-        """Return that nothing can be loaded from elsewhere."""
-        return 0, False
+        """Return how many tokens another engine will send, and that they come between steps."""
+        num_tokens = self._transfer.num_external_tokens(request, num_computed_tokens) if self._transfer else 0
+        return num_tokens, num_tokens > 0
 
     def update_state_after_alloc(
         self, request: Request, blocks: KVCacheBlocks, num_external_tokens: int
     ) -> None:
-        """Do nothing: no blocks are to be filled."""
+        """Have the blocks filled that were allocated for what another engine sends."""
+        if self._transfer is not None:
+            self._transfer.on_alloc(request, blocks.get_block_ids()[0], num_external_tokens)
 
     def build_connector_meta(self, scheduler_output: SchedulerOutput) -> KVConnectorMetadata:
         """Return what the workers need to know of this step."""
-        return KvlaneMetadata()
+        return (
+            self._transfer.build_metadata(scheduler_output)
+            if self._transfer is not None
+            else KvlaneMetadata()
+        )
 
     def request_finished(self, request: Request, block_ids: list[int]) -> tuple[bool, dict[str, Any] | None]:
-        """Note the end of a request; its blocks are free at once."""
+        """Note the end of a request; its blocks are free at once, unless another engine waits for them."""
         return self.request_finished_all_groups(request, (block_ids,))
 
     def request_finished_all_groups(
         self, request: Request, block_ids: tuple[list[int], ...]
     ) -> tuple[bool, dict[str, Any] | None]:
-        """Note the end of a request; its blocks are free at once."""
+        """Note the end of a request; its blocks are free at once, unless another engine waits for them."""
         if self.scheduler_side is not None:
             self.scheduler_side.request_finished(request)
-        return False, None
+        return self._transfer is not None and self._transfer.request_finished(request), None
 
     # Worker side
 
+    def register_kv_caches(self, kv_caches: dict[str, torch.Tensor]) -> None:
+        """Begin to move KV from and to these tensors."""
+        if self.worker_side is not None:
+            self.worker_side.start(kv_caches)
+
+    def bind_connector_metadata(self, connector_metadata: KVConnectorMetadata) -> None:
+        """Take a step's news; it has not written to any block yet."""
+        super().bind_connector_metadata(connector_metadata)
+        if self.worker_side is not None:
+            self.worker_side.begin_step(connector_metadata)
+
     def start_load_kv(self, forward_context: ForwardContext, **kwargs: Any) -> None:  # noqa: ANN401 - upstream's
-        """Do nothing: no KV is loaded."""
+        """Do nothing: KV is loaded between steps."""
 
     def wait_for_layer_load(self, layer_name: str) -> None:
-        """Do nothing: no KV is loaded."""
+        """Do nothing: KV is loaded between steps."""
 
     def save_kv_layer(
         self,
@@ -101,7 +128,19 @@ class KvlaneConnector(KVConnectorBase_V1, SupportsHMA):
         attn_metadata: AttentionMetadata,
         **kwargs: Any,  # noqa: ANN401 - upstream's
     ) -> None:
-        """Do nothing: no KV is saved."""
+        """Do nothing: KV is sent when the step is done."""
 
     def wait_for_save(self) -> None:
-        """Do nothing: no KV is saved."""
+        """Let what the step has computed be sent; nothing is waited for."""
+        if self.worker_side is not None:
+            self.worker_side.end_step()
+
+    def get_finished(self, finished_req_ids: set[str]) -> tuple[set[str] | None, set[str] | None]:
+        """Return the requests whose blocks are not needed any more, and those whose blocks were filled."""
+        return (
+            self.worker_side.take_finished(finished_req_ids) if self.worker_side is not None else (None, None)
+        )
+
+    def get_block_ids_with_load_errors(self) -> set[int]:
+        """Return the blocks that could not be filled and must be computed here."""
+        return self.worker_side.take_missing_blocks() if self.worker_side is not None else set()

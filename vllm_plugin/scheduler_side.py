@@ -5,14 +5,16 @@ from __future__ import annotations
 from typing import TYPE_CHECKING
 
 from kvindex import metrics
-from kvindex.config import publisher_config
+from kvindex.config import connector_config
 from kvindex.errors import ConfigError
 from kvindex.event_source import ZmqEventSource
 from kvindex.publisher import Publisher
 from kvindex.redis_index import RedisIndexWriter
 from kvindex.worker import Worker, new_incarnation
 from vllm_plugin import compat
+from vllm_plugin.config import WorkerConfig
 from vllm_plugin.load import LoadTracker
+from vllm_plugin.transfer_scheduler import TransferScheduler
 
 if TYPE_CHECKING:
     from vllm.config import VllmConfig
@@ -31,7 +33,9 @@ class SchedulerSide:
     """
 
     def __init__(self, vllm_config: VllmConfig, kv_cache_config: KVCacheConfig) -> None:
-        self._config = publisher_config(vllm_config.kv_transfer_config.kv_connector_extra_config)
+        self._config = connector_config(
+            WorkerConfig, vllm_config.kv_transfer_config.kv_connector_extra_config
+        )
         if not self._config.endpoint:
             raise ConfigError(
                 "kvlane does not know where this engine is reached: set kvlane.endpoint in "
@@ -54,6 +58,7 @@ class SchedulerSide:
             engine=compat.ENGINE,
         )
         self._group_index = compat.followed_group(kv_cache_config)
+        self.transfer = TransferScheduler() if self._config.transfer_port else None
         self._load: LoadTracker | None = None
         self._publisher: Publisher | None = None
 
@@ -81,6 +86,8 @@ class SchedulerSide:
     def on_new_request(self, request: Request) -> None:
         """Count the request in."""
         compat.report_new_copies_only(request)
+        if self.transfer is not None:
+            self.transfer.on_new_request(request)
         if self._load is not None:
             self._load.add(request)
 

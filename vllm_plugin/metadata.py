@@ -1,0 +1,57 @@
+"""What a step's scheduler tells its workers of transfers."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+
+from connectors.params import TransferParams
+from vllm_plugin.compat import KVConnectorMetadata
+
+
+@dataclass(frozen=True, slots=True)
+class Send:
+    """A request whose blocks others will ask for."""
+
+    request_id: str
+    transfer_id: str
+    num_tokens: int
+    """Of its prompt."""
+
+
+@dataclass(frozen=True, slots=True)
+class Computed:
+    """How far a sent request's blocks are filled."""
+
+    transfer_id: str
+    block_ids: list[int]
+    """All of its physical blocks, from position 0 on."""
+    num_tokens_before: int
+    """Leading tokens that are in the blocks when the step begins."""
+    num_tokens_after: int
+
+
+@dataclass(frozen=True, slots=True)
+class Receive:
+    """Blocks that are to be filled from another engine."""
+
+    request_id: str
+    params: TransferParams
+    block_ids: list[int]
+    first_token: int
+    num_tokens: int
+    """Of the prompt."""
+
+
+@dataclass
+class KvlaneMetadata(KVConnectorMetadata):
+    """A step's news, in the order in which they are to be heeded."""
+
+    suspended: list[str] = field(default_factory=list)
+    """Transfers whose request lost its blocks: they must not be read when the step begins."""
+    aborted: list[str] = field(default_factory=list)
+    """Transfers whose sending request has ended early."""
+    cancelled: list[str] = field(default_factory=list)
+    """Transfers whose receiving request has ended."""
+    sends: list[Send] = field(default_factory=list)
+    computed: list[Computed] = field(default_factory=list)
+    receives: list[Receive] = field(default_factory=list)

@@ -1,0 +1,119 @@
+"""The connector's part in a worker's process: carries out what the scheduler says of transfers."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING
+
+from connectors.kv_cache import KVCache
+from connectors.mover import KVMover
+from kvindex import metrics
+from kvindex.config import connector_config
+from vllm_plugin import compat
+from vllm_plugin.config import WorkerConfig
+from vllm_plugin.metadata import KvlaneMetadata
+
+if TYPE_CHECKING:
+    import torch
+    from vllm.config import VllmConfig
+    from vllm.v1.kv_cache_interface import KVCacheConfig
+
+
+class WorkerSide:
+    """One tensor-parallel rank's transfers, from `start` to `stop`; all on the worker's thread.
+
+    Raises:
+        ConfigError: the engine cannot move KV as it is configured; the message says what to change.
+    """
+
+    def __init__(self, vllm_config: VllmConfig, kv_cache_config: KVCacheConfig) -> None:
+        self._vllm_config = vllm_config
+        self._kv_cache_config = kv_cache_config
+        self._config = connector_config(
+            WorkerConfig, vllm_config.kv_transfer_config.kv_connector_extra_config
+        )
+        self._mover: KVMover | None = None
+        self._metadata = KvlaneMetadata()
+        self._finished: set[str] = set()
+        """Requests that have ended, of those that were sent."""
+        self._sent: set[str] = set()
+        """Requests whose blocks nobody needs any more, but that run still."""
+        self._sends: set[str] = set()
+        self._missing: set[int] = set()
+
+    def start(self, kv_caches: dict[str, torch.Tensor]) -> None:
+        """Begin to serve and to fetch blocks of these tensors, if there is a port for it."""
+        if not self._config.transfer_port:
+            return
+        compat.check_transfer(self._vllm_config, self._kv_cache_config)
+        geometry, layers = compat.cache_geometry(self._vllm_config, self._kv_cache_config, kv_caches)
+        first_rank = self._vllm_config.parallel_config.data_parallel_index * geometry.tp_size
+        self._mover = KVMover(
+            compat.model_identity(self._vllm_config),
+            KVCache(layers, geometry),
+            self._config.model_copy(update={"transfer_port": self._config.transfer_port + first_rank}),
+        )
+        self._mover.start()
+        if self._config.transfer_metrics_port:
+            metrics.serve(self._config.transfer_metrics_port + first_rank + geometry.tp_rank)
+
+    def stop(self) -> None:
+        """End every transfer. Idempotent."""
+        if self._mover is not None:
+            self._mover.stop()
+
+    def begin_step(self, metadata: KvlaneMetadata) -> None:
+        """Heed a step's news, before the step writes to any block."""
+        if self._mover is None:
+            return
+        self._metadata = metadata
+        for transfer_id in metadata.suspended:
+            self._mover.suspend(transfer_id)
+        for transfer_id in metadata.aborted:
+            self._mover.abort_send(transfer_id)
+        for transfer_id in metadata.cancelled:
+            self._mover.cancel_receive(transfer_id)
+        for send in metadata.sends:
+            self._sends.add(send.request_id)
+            self._mover.open_send(send.request_id, send.transfer_id, send.num_tokens)
+        for step in metadata.computed:
+            if step.num_tokens_before:
+                self._mover.computed(step.transfer_id, step.block_ids, step.num_tokens_before, None)
+        for receive in metadata.receives:
+            self._mover.receive(
+                receive.request_id,
+                receive.params,
+                receive.block_ids,
+                range(receive.first_token, receive.num_tokens),
+            )
+
+    def end_step(self) -> None:
+        """Let go what the step has computed. On a GPU, what it has enqueued."""
+        if self._mover is None or not self._metadata.computed:
+            return
+        event = compat.record_event()
+        for step in self._metadata.computed:
+            self._mover.computed(step.transfer_id, step.block_ids, step.num_tokens_after, event)
+
+    def take_finished(self, finished_request_ids: set[str]) -> tuple[set[str], set[str]]:
+        """Return the requests whose blocks are not needed any more, and those whose blocks were filled.
+
+        Args:
+            finished_request_ids: those that ended since the last call. Blocks of others are theirs still.
+        """
+        if self._mover is None:
+            return set(), set()
+        self._finished |= finished_request_ids & self._sends
+        sends, receives = self._mover.take_ended()
+        self._sent |= set(sends)
+        sent = self._sent & self._finished
+        self._sent -= sent
+        self._finished -= sent
+        self._sends -= sent
+        for missing in receives.values():
+            self._missing |= missing
+        return sent, set(receives)
+
+    def take_missing_blocks(self) -> set[int]:
+        """Return the blocks that could not be filled, of the requests that `take_finished` named."""
+        missing, self._missing = self._missing, set()
+        return missing
