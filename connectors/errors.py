@@ -1,6 +1,7 @@
 """Every error of moving KV between engines.
 
 KvlaneError
+|- BenchFailed            a measurement could not be made
 `- TransferError          a transfer ends here; the decode engine computes what is missing
    |- PeerRefused         the other engine will not: other model, other version, unknown transfer
    |- PeerLost            the other engine died, was cut off, or is silent
@@ -13,6 +14,10 @@ KvlaneError
 from __future__ import annotations
 
 from kvindex.errors import KvlaneError
+
+
+class BenchFailed(KvlaneError):
+    """A measurement could not be made."""
 
 
 class TransferError(KvlaneError):

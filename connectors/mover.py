@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import threading
 from collections.abc import Callable, Coroutine, Sequence
+from concurrent.futures import Future
 from typing import Any, TypeVar
 
 import structlog
@@ -132,6 +133,10 @@ class KVMover:
             tokens: the positions to fill.
         """
         self._begin(self._receive(request_id, params, block_ids, tokens))
+
+    def fetch(self, params: TransferParams, block_ids: Sequence[int], tokens: range) -> Future[set[int]]:
+        """Fill blocks as `receive` does; the result is what is missing."""
+        return asyncio.run_coroutine_threadsafe(self._receiver.receive(params, block_ids, tokens), self._loop)
 
     def cancel_receive(self, transfer_id: str) -> None:
         """Stop filling a request's blocks; `take_ended` names it soon."""

@@ -83,6 +83,7 @@ def complete_arguments(given: Sequence[str], endpoint: str | None) -> list[str]:
         "kv_connector": CONNECTOR_NAME,
         "kv_connector_module_path": CONNECTOR_MODULE,
         "kv_role": "kv_both",
+        "kv_load_failure_policy": "recompute",
         **transfer,
         "kv_connector_extra_config": {"kvlane.endpoint": endpoint or _endpoint(arguments), **extra},
     }

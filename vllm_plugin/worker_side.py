@@ -54,7 +54,8 @@ class WorkerSide:
         )
         self._mover.start()
         if self._config.transfer_metrics_port:
-            metrics.serve(self._config.transfer_metrics_port + first_rank + geometry.tp_rank)
+            metrics_port = self._config.transfer_metrics_port + first_rank + geometry.tp_rank
+            metrics.serve(self._config.metrics_host, metrics_port, self._config.metrics_tls)
 
     def stop(self) -> None:
         """End every transfer. Idempotent."""

@@ -21,9 +21,9 @@ from rich.progress import Progress
 
 from gateway.bench.conversations import Message, chat_body, conversation, next_turn
 from gateway.bench.load import Client, Sample, cpu_s, interleave, saturate
-from gateway.bench.report import Figure
 from gateway.bench.stack import KVLANE, MODEL, PLAIN, TRIVIAL, SimulatedCache, Stack, run_stack
 from gateway.errors import BenchFailed
+from kvindex.figures import Figure
 
 SEED = 20
 REFERENCE = "trivial ext_proc"

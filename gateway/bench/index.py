@@ -31,8 +31,8 @@ from gateway.bench.index_fleet import (
     select,
     the_prompt,
 )
-from gateway.bench.report import Figure
 from kvindex.embedded import embedded_redis
+from kvindex.figures import Figure
 from kvindex.index import MAX_BATCH
 from kvindex.redis_index import RedisIndexReader
 

@@ -34,11 +34,11 @@ from gateway.bench.index_fleet import (
 )
 from gateway.bench.peers import peer
 from gateway.bench.radix_tree import reference, stores_per_s
-from gateway.bench.report import Figure
 from kvindex.block_state import BlockState
 from kvindex.config import IndexConfig, publisher_config
 from kvindex.event_source import ZmqEventSource
 from kvindex.events import BlockRemoved, BlockStored, EngineEvent, decode_batch
+from kvindex.figures import Figure
 from kvindex.index import MAX_BATCH
 from kvindex.outbox import Outbox
 from kvindex.publisher import LoadReport, Publisher

@@ -4,13 +4,14 @@ from __future__ import annotations
 
 import sys
 from collections.abc import Sequence
+from importlib.metadata import entry_points
 from pathlib import Path
 from typing import Annotated
 
 import typer
 from rich.console import Console
 
-from gateway.bench.report import Figure, show, write
+from kvindex.figures import Figure, show, write
 
 app = typer.Typer(
     no_args_is_help=True,
@@ -46,6 +47,10 @@ def index(scale: Scale = 1.0, json_file: JsonFile = None) -> None:
     from gateway.bench.index import run
 
     _report("Index in Redis", run(scale=scale), json_file)
+
+
+for _entry in sorted(entry_points(group="kvlane.bench"), key=lambda entry: entry.name):
+    app.command(_entry.name)(_entry.load())
 
 
 def _report(title: str, figures: Sequence[Figure], json_file: Path | None) -> None:

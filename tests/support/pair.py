@@ -82,7 +82,7 @@ def transfer_engine(redis_url: str, settings: Mapping[str, Any], *arguments: str
         "kvlane.staging_poison": True,
         **{f"kvlane.{name}": value for name, value in settings.items()},
     }
-    config = {"kv_load_failure_policy": "recompute", "kv_connector_extra_config": extra}
+    config = {"kv_connector_extra_config": extra}
     with start_engine(
         port,
         *("--kv-transfer-config", json.dumps(config), *arguments),

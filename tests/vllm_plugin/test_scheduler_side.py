@@ -1,5 +1,6 @@
 """What the connector reads of vLLM's own objects, made without an engine."""
 
+import copy
 import json
 from collections.abc import Iterator
 from typing import Any
@@ -223,3 +224,36 @@ def test_vllm_finds_the_connector_by_name_and_by_module_path(config: Any):
 def test_the_flag_in_the_message_is_one_that_vllm_takes():
     value = compat.EVENTS_FLAG.split(" ", 1)[1].strip("'")
     assert KVEventsConfig(**json.loads(value)).publisher == "zmq"
+
+
+class TestTransferIsPossible:
+    """An engine that cannot move KV says at its start why, and what to change."""
+
+    @pytest.mark.parametrize(
+        ("policy", "groups", "message"),
+        [
+            ("fail", 1, r'"kv_load_failure_policy": "recompute"'),
+            ("recompute", 2, "2 KV cache groups.*--disable-hybrid-kv-cache-manager"),
+        ],
+    )
+    def test_or_it_is_refused(self, config: Any, policy: str, groups: int, message: str):
+        config = copy.deepcopy(config)
+        config.kv_transfer_config.kv_load_failure_policy = policy
+        caches = kv_cache_config()
+        caches.kv_cache_groups *= groups
+        with pytest.raises(ConfigError, match=message):
+            compat.check_transfer(config, caches)
+
+    @pytest.mark.parametrize(
+        ("tensor", "axes"),
+        [
+            (torch.zeros(2, 9, BLOCK_SIZE, 2, 32), "KBTHD"),
+            (torch.zeros(2, 9, 2, BLOCK_SIZE, 32).transpose(2, 3), "KBHTD"),
+            (torch.zeros(9, 2, BLOCK_SIZE, 4, 32), "BKTHD"),
+            (torch.zeros(9, 2, BLOCK_SIZE, 64), "BHTKD"),
+            (torch.zeros(9, BLOCK_SIZE, 2, 64).transpose(1, 2), "BTHKD"),
+            (torch.zeros(9, BLOCK_SIZE, 4, 4, 4, 4), ""),
+        ],
+    )
+    def test_the_axes_of_a_cache_are_told_by_shape_and_strides(self, tensor: torch.Tensor, axes: str):
+        assert compat._axes(tensor, BLOCK_SIZE, is_mla=False) == axes

@@ -23,6 +23,7 @@ def test_the_connector_and_its_events_are_filled_in():
         "kv_connector": "KvlaneConnector",
         "kv_connector_module_path": "vllm_plugin.connector",
         "kv_role": "kv_both",
+        "kv_load_failure_policy": "recompute",
         "kv_connector_extra_config": {"kvlane.endpoint": "10.0.0.7:9000"},
     }
     assert parsed(arguments, "--kv-events-config") == {

@@ -5,6 +5,7 @@ import os
 import random
 import signal
 from collections.abc import Callable, Iterator
+from contextlib import suppress
 
 import httpx
 import pytest
@@ -44,7 +45,7 @@ async def clean(engines: Pair) -> None:
 
 
 async def same(engines: Pair, prompts: list[list[int]]) -> None:
-    """Send prompts at once, disaggregated, then whole; the outputs must be equal, and every one was received."""
+    """Send prompts at once, split, then whole; the outputs must be equal, and every one was received."""
     before = await received(engines)
     split = await asyncio.gather(*(engines.complete(each) for each in prompts))
     assert await received(engines) == before + len(prompts)
@@ -120,7 +121,8 @@ async def wait_until_prefill_has_begun(engines: Pair) -> None:
 def hurt(engines: Pair) -> Iterator[Callable[[signal.Signals], None]]:
     leader = engines.prefill.engine.process.pid
     yield lambda what: os.killpg(leader, what)
-    os.killpg(leader, signal.SIGCONT)
+    with suppress(ProcessLookupError):
+        os.killpg(leader, signal.SIGCONT)
 
 
 async def test_a_frozen_and_then_a_dead_prefill_worker(engines: Pair, hurt: Callable[[signal.Signals], None]):

@@ -7,7 +7,7 @@ import os
 import pytest
 from rich.console import Console
 
-from gateway.bench.report import Figure, show, write
+from kvindex.figures import Figure, show, write
 
 
 def test_json_has_exactly_the_agreed_keys(tmp_path):

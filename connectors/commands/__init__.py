@@ -1,0 +1,1 @@
+"""Subcommands of `kvlane` that move KV."""

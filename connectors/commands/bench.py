@@ -1,0 +1,33 @@
+"""`kvlane bench transport`, which `kvlane bench` finds by entry point."""
+
+from __future__ import annotations
+
+import sys
+from pathlib import Path
+from typing import Annotated
+
+import typer
+from rich.console import Console
+
+from kvindex.figures import show, write
+
+
+def transport(
+    device: Annotated[str, typer.Option(help="Where the caches are: cpu or cuda.")] = "cpu",
+    link: Annotated[
+        str | None,
+        typer.Option(help="UCX_TLS for all that is measured. Default: tcp on a CPU, everything on a GPU."),
+    ] = None,
+    max_blocks: Annotated[int, typer.Option(min=4, help="Most blocks of 256 KiB in one transfer.")] = 4096,
+    json_file: Annotated[
+        Path | None, typer.Option("--json", metavar="FILE", help="Also write the figures there.")
+    ] = None,
+) -> None:
+    """Measure moving KV between two processes, beside memcpy, raw UCXX and NIXL's descriptor lists."""
+    from connectors.bench.transport import run
+
+    console = Console(stderr=True)
+    figures = run(device, link or ("tcp,self" if device == "cpu" else "all"), max_blocks, console)
+    show(Console(), "Moving KV", figures)
+    if json_file is not None:
+        write(json_file, f"kvlane {' '.join(sys.argv[1:])}", figures)
