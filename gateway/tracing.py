@@ -85,7 +85,7 @@ class TracedRouter:
         span = self._tracer.start_span(
             "kvlane.request",
             context=_CONTEXT.extract(request.headers),
-            attributes={"url.path": request.path, "http.request.method": request.method},
+            attributes={"url.path": request.path.partition("?")[0], "http.request.method": request.method},
         )
         try:
             decision = await self._router.decide(request)
@@ -94,7 +94,8 @@ class TracedRouter:
             span.end()
             raise
         except BaseException as error:
-            span.record_exception(error)
+            # By its kind alone: the message may repeat what the client sent.
+            span.set_attribute("error.type", type(error).__name__)
             span.set_status(Status(StatusCode.ERROR))
             span.end()
             raise
@@ -137,6 +138,8 @@ class TracedRouter:
         if not span.is_recording() or (receipt := self._receipts.get(decision.decision_id)) is None:
             return
         span.set_attribute("gen_ai.request.model", receipt.model or "")
+        if receipt.tenant is not None:
+            span.set_attribute("kvlane.tenant", receipt.tenant)
         span.set_attribute("kvlane.prompt_tokens", receipt.prompt_tokens)
         span.set_attribute("kvlane.matched_tokens", receipt.matched_tokens)
         span.set_attribute("kvlane.fallback", receipt.fallback or "")

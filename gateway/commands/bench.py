@@ -49,6 +49,14 @@ def index(scale: Scale = 1.0, json_file: JsonFile = None) -> None:
     _report("Index in Redis", run(scale=scale), json_file)
 
 
+@app.command()
+def tenants(scale: Scale = 1.0, json_file: JsonFile = None) -> None:
+    """Measure what telling tenants apart adds to a request: key, limits, salt."""
+    from gateway.bench.tenants import run
+
+    _report("Tenants", run(scale=scale), json_file)
+
+
 for _entry in sorted(entry_points(group="kvlane.bench"), key=lambda entry: entry.name):
     app.command(_entry.name)(_entry.load())
 

@@ -20,9 +20,9 @@ from gateway.tenants.salts import cache_salt
 
 Fields = dict[str, msgspec.Raw]
 
-_MAY_SAY_UUID = re.compile(rb"uuid|\\u00(?:75|69|64)")
-"""The word itself, or one of its letters as an escape, which no encoder writes; other prompts are not taken
-apart."""
+_NAME_OF_MEDIA = b"uuid"
+_ESCAPED_LETTER_OF_IT = re.compile(rb"\\u00(?:75|69|64)")
+"""No encoder writes these: other prompts are not taken apart."""
 
 
 class Use(enum.Enum):
@@ -79,7 +79,7 @@ def salted(body: bytes, caller: Caller, secret: bytes) -> bytes:
         RequestError: 400, no JSON object, or a field of the wrong type; 403, it reaches past the salt.
     """
     fields = _decode(_FIELDS, body, "the body")
-    _refuse(fields)
+    _refuse(fields, may_name_media=_may_name_media(body))
     own = _decode(_SALT, fields["cache_salt"], "cache_salt") if "cache_salt" in fields else None
     fields["cache_salt"] = _raw(cache_salt(secret, caller.tenant, own))
     asked = _decode(_PRIORITY, fields.pop("priority"), "priority") if "priority" in fields else None
@@ -88,15 +88,14 @@ def salted(body: bytes, caller: Caller, secret: bytes) -> bytes:
     return _ENCODER.encode(fields)
 
 
-def _refuse(fields: Fields) -> None:
+def _refuse(fields: Fields, *, may_name_media: bool) -> None:
     extra_args = _nested(_nested(fields, "sampling_params"), "extra_args")
     for given in (fields, _nested(fields, "vllm_xargs"), extra_args):
         for name in sorted(given.keys() & _PAST_THE_SALT):
             if bytes(given[name]) != b"null":
                 raise _reaches_past(name)
-    for name in ("messages", "input"):
-        if name in fields and _names_media(fields[name]):
-            raise _reaches_past("uuid")
+    if may_name_media and any(_has_uuid(fields[name]) for name in ("messages", "input") if name in fields):
+        raise _reaches_past("uuid")
 
 
 def _nested(fields: Fields, name: str) -> Fields:
@@ -104,25 +103,27 @@ def _nested(fields: Fields, name: str) -> Fields:
     return (_decode(_NESTED, fields[name], name) if name in fields else None) or {}
 
 
-def _names_media(conversation: msgspec.Raw) -> bool:
+def _may_name_media(body: bytes) -> bool:
+    """Say whether the body is worth taking apart for it."""
+    return _NAME_OF_MEDIA in body or _ESCAPED_LETTER_OF_IT.search(body) is not None
+
+
+def _has_uuid(value: msgspec.Raw) -> bool:
     """Say whether a conversation, or one of a list of them, has a part that is found by a client's name."""
-    packed = bytes(conversation)
-    if not _MAY_SAY_UUID.search(packed):
-        return False
-    try:
-        content = msgspec.json.decode(packed)
-    except (msgspec.DecodeError, UnicodeDecodeError, RecursionError) as error:
-        raise RequestError(400, f"The body is not valid JSON: {error}") from error
-    return _has_uuid(content)
-
-
-def _has_uuid(value: object) -> bool:
-    match value:
-        case {"content": [*parts]}:
-            return any(isinstance(part, dict) and part.get("uuid") is not None for part in parts)
-        case [*conversations]:
-            return any(map(_has_uuid, conversations))
+    match bytes(value)[:1]:
+        case b"[":
+            return any(map(_has_uuid, _decode(_ITEMS, value, "messages")))
+        case b"{":
+            content = _decode(_FIELDS, value, "messages").get("content", msgspec.Raw(b"null"))
+            parts = _decode(_ITEMS, content, "content") if bytes(content)[:1] == b"[" else ()
+            return any(map(_is_named, parts))
     return False
+
+
+def _is_named(part: msgspec.Raw) -> bool:
+    if bytes(part)[:1] != b"{":
+        return False
+    return bytes(_decode(_FIELDS, part, "content").get("uuid", b"null")) != b"null"
 
 
 def _reaches_past(name: str) -> RequestError:
@@ -150,6 +151,7 @@ def _raw(value: object) -> msgspec.Raw:
 
 _ENCODER = msgspec.json.Encoder()
 _FIELDS = msgspec.json.Decoder(Fields)
+_ITEMS = msgspec.json.Decoder(list[msgspec.Raw])
 _NESTED = msgspec.json.Decoder(Fields | None)
 _SALT = msgspec.json.Decoder(str | None)
 _PRIORITY = msgspec.json.Decoder(int | None)
