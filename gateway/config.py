@@ -143,6 +143,13 @@ class GatewayConfig(IndexConfig):
         512, ge=1, description="Most block hashes that a receipt keeps; longer prompts keep them at a stride."
     )
 
+    @property
+    def salt_secret(self) -> bytes | None:
+        """What cache salts are made from; None where tenants are not told apart."""
+        if self.tenants is None or self.cache_salt_secret is None:
+            return None
+        return self.cache_salt_secret.get_secret_value().encode()
+
     @model_validator(mode="after")
     def _can_salt(self) -> GatewayConfig:
         if self.tenants is not None:

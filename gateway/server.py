@@ -67,7 +67,15 @@ async def run(config: GatewayConfig) -> None:
         watch = ParityWatch(config, fleet, ParityProber(config, index, reader, client))
         exits.push_async_callback(watch.stop)
         readiness = Readiness()
-        app = create_app(router, fleet, index, rates=rates, receipts=receipts, readiness=readiness)
+        app = create_app(
+            router,
+            fleet,
+            index,
+            rates=rates,
+            receipts=receipts,
+            readiness=readiness,
+            salt_secret=config.salt_secret,
+        )
         await exits.enter_async_context(_serve_admin(config, app, admin_socket))
         front = await exits.enter_async_context(gated(config, router))
         if config.tracing:

@@ -20,6 +20,7 @@ from gateway.plan import Choice
 from gateway.rates import Rates
 from gateway.readiness import Readiness
 from gateway.receipts import Receipt, Receipts
+from gateway.tenants.salts import cache_salt
 from kvindex.errors import IndexUnavailable
 from kvindex.index import IndexReader
 from kvindex.worker import RegisteredWorker, Tier
@@ -35,6 +36,7 @@ def create_app(
     rates: Rates,
     receipts: Receipts,
     readiness: Readiness,
+    salt_secret: bytes | None = None,
 ) -> FastAPI:
     """Return the app. It authenticates nobody: see `TokenGuard`."""
     historian = Historian(index, fleet, receipts)
@@ -129,15 +131,10 @@ def create_app(
     async def prefix(request: Request) -> Response:
         """Return how much of a prompt each worker holds.
 
-        The body is `{"model", "text"}`, or that of a chat request.
+        The body is `{"model", "text"}`, or that of a chat request; with `tenant`, as if that tenant sent it.
         """
-        body = await request.body()
-        path = "/v1/chat/completions"
         try:
-            fields = msgspec.json.decode(body, type=dict[str, Any])
-            if "text" in fields:
-                path = "/v1/completions"
-                body = msgspec.json.encode({"model": fields.get("model"), "prompt": fields["text"]})
+            path, body = _asked_prompt(await request.body(), salt_secret)
             read, choices, chains = await router.overlaps(path, body)
         except msgspec.DecodeError as error:
             return _json({"detail": f"the body is no JSON object: {error}"}, status=400)
@@ -156,6 +153,20 @@ def create_app(
         )
 
     return app
+
+
+def _asked_prompt(content: bytes, salt_secret: bytes | None) -> tuple[str, bytes]:
+    """Return the path and body of the request that a client would have sent."""
+    fields = msgspec.json.decode(content, type=dict[str, Any])
+    if (tenant := fields.pop("tenant", None)) is not None:
+        if salt_secret is None:
+            raise RequestError(400, "This gateway tells no tenants apart.", param="tenant")
+        fields["cache_salt"] = cache_salt(salt_secret, tenant, fields.get("cache_salt"))
+    path = "/v1/chat/completions"
+    if "text" in fields:
+        path = "/v1/completions"
+        fields["prompt"] = fields.pop("text")
+    return path, msgspec.json.encode(fields)
 
 
 def _view_overlap(choice: Choice) -> dict[str, Any]:

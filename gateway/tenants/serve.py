@@ -21,7 +21,8 @@ async def gated(config: GatewayConfig, router: Router) -> AsyncIterator[Router]:
     Raises:
         ConfigError: the file of tenants is wrong.
     """
-    if config.tenants is None or config.cache_salt_secret is None:
+    secret = config.salt_secret
+    if config.tenants is None or secret is None:
         yield router
         return
     roster_file = RosterFile(config.tenants)
@@ -33,7 +34,7 @@ async def gated(config: GatewayConfig, router: Router) -> AsyncIterator[Router]:
             router,
             lambda: roster_file.roster,
             Limiter(peers.num_gateways),
-            secret=config.cache_salt_secret.get_secret_value().encode(),
+            secret=secret,
             engine_key=config.worker_api_key.get_secret_value() if config.worker_api_key else None,
         )
     finally:

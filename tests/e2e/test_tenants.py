@@ -51,6 +51,7 @@ def tenants(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Tenants]:
         patch.setenv("KVLANE_TENANTS", str(file))
         patch.setenv("KVLANE_CACHE_SALT_SECRET", salt_secret)
         patch.setenv("KVLANE_WORKER_API_KEY", engine_key)
+        patch.setenv("KVLANE_ADMISSION", "enforce")
         with simulated_fleet(
             tmp_path_factory.mktemp("logs"), "--lora", "sql", "--api-key", engine_key, num_workers=2
         ) as fleet:
@@ -87,6 +88,10 @@ def test_tenants_share_nothing_and_each_has_its_own(tenants, model):
         expected, found = cached(ask(tenants, key, body))
         assert expected == found > 0
         settled(tenants.fleet)
+    admin = f"{tenants.fleet.admin_url}/prefix"
+    for tenant, holds in (("acme", True), ("beta", True), ("gamma", False), (None, False)):
+        found = httpx.post(admin, json=body | ({"tenant": tenant} if tenant else {})).json()["workers"]
+        assert any(each["matched_blocks"] for each in found) == holds
 
 
 def test_a_clients_salt_divides_its_tenants_cache(tenants):
@@ -144,6 +149,19 @@ def test_limits_and_keys_follow_the_file_while_it_runs(tenants):
     finally:
         tenants.file.write_text(old)
     eventually(lambda: ask(tenants, gamma, chat("hello")).status_code == 401)
+
+
+def test_what_cannot_begin_in_time_is_429_and_what_can_is_in_its_receipt(tenants):
+    body = chat("in time " + LONG)
+    late = ask(tenants, tenants.acme, body, **{"x-kvlane-ttft-target-ms": "0.001"})
+    assert late.status_code == 429
+    assert int(late.headers["retry-after"]) >= 1
+    assert "predicted time to first token" in late.json()["error"]["message"]
+    sent = ask(tenants, tenants.acme, body, **{"x-kvlane-ttft-target-ms": "60000"})
+    assert sent.status_code == 200
+    decision = sent.headers["x-kvlane-decision"]
+    receipt = httpx.get(f"{tenants.fleet.admin_url}/decisions/{decision}").json()
+    assert (receipt["tenant"], receipt["ttft_target_ms"], receipt["verdict"]) == ("acme", 60_000, "in_time")
 
 
 def test_an_engine_that_wants_a_key_answers_nobody_who_passes_by_the_gateway(tenants):

@@ -296,3 +296,10 @@ async def test_prefix_without_the_index_is_503(admin, gateway):
 @pytest.mark.parametrize("body", [b"", b"[]", b"{"])
 async def test_prefix_refuses_what_is_no_json_object(admin, body):
     assert (await admin.post("/prefix", content=body)).status_code == 400
+
+
+async def test_a_tenants_prompt_is_unknown_to_a_gateway_that_tells_none_apart(admin, gateway):
+    await gateway.fleet.poll()
+    answer = await admin.post("/prefix", json={"model": "tiny", "text": "hello", "tenant": "acme"})
+    assert answer.status_code == 400
+    assert answer.json()["error"]["param"] == "tenant"

@@ -57,8 +57,10 @@ def ask(admin: str, method: str, path: str, body: object = None) -> Any:  # noqa
     return content
 
 
-def ask_about_prompt(admin: str, text: str, model: str | None) -> dict[str, Any]:
-    """Return what the gateway knows of a prompt, given as TEXT-or-@FILE.
+def ask_about_prompt(
+    admin: str, text: str, model: str | None, *, tenant: str | None = None
+) -> dict[str, Any]:
+    """Return what the gateway knows of a prompt, given as TEXT-or-@FILE; with `tenant`, of that tenant's.
 
     Raises:
         AdminUnavailable: see `ask`.
@@ -67,6 +69,8 @@ def ask_about_prompt(admin: str, text: str, model: str | None) -> dict[str, Any]
     body = _prompt(text)
     if model is not None or "model" not in body:
         body["model"] = model or _only_model(admin)
+    if tenant is not None:
+        body["tenant"] = tenant
     found: dict[str, Any] = ask(admin, "POST", "/prefix", body)
     return found
 

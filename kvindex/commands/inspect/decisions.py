@@ -35,11 +35,14 @@ def prefix(
         ),
     ],
     model: PromptModel = None,
+    tenant: Annotated[
+        str | None, typer.Option(help="Whose prompt it is, where the gateway tells tenants apart.")
+    ] = None,
     admin: AdminUrl = DEFAULT_ADMIN,
     as_json: AsJson = False,
 ) -> None:
     """Say how much of a prompt each worker holds, in which tier."""
-    found = ask_about_prompt(admin, text, model)
+    found = ask_about_prompt(admin, text, model, tenant=tenant)
     show(found, _view_prefix(found), as_json=as_json)
 
 
