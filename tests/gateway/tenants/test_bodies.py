@@ -1,4 +1,6 @@
 import json
+import random
+import re
 
 import pytest
 from hypothesis import given
@@ -185,3 +187,67 @@ def test_every_path_that_computes_prompts_is_salted():
         "/health",
         "/version",
     }
+
+
+SEEDS = [
+    b'{"model": "m", "prompt": "hello", "cache_salt": "mine", "priority": 3}',
+    b'{"messages": [{"role": "user", "content": [{"type": "text", "text": "\\u00e9"}]}], "stream": true}',
+    b'{"token_ids": [1, 2, 3], "sampling_params": {"max_tokens": 1, "extra_args": {"a": {"b": []}}}}',
+    b'{"cache_salt": "a", "x": "}", "cache\\u005fsalt": null, "vllm_xargs": {"k": 1.5e3}}',
+]
+PIECES = [
+    b'"',
+    b"{",
+    b"}",
+    b"[",
+    b"]",
+    b",",
+    b":",
+    b"\\",
+    b"\\u0063",
+    b'"cache_salt":',
+    b"null",
+    b"\x00",
+    b"\xff",
+]
+
+
+def mutated(draw):
+    body = bytearray(draw.choice(SEEDS))
+    for _ in range(draw.randrange(1, 5)):
+        at = draw.randrange(len(body) + 1)
+        match draw.randrange(4):
+            case 0:
+                body[at : at + draw.randrange(4)] = draw.choice(PIECES)
+            case 1:
+                body[at:at] = draw.choice(PIECES)
+            case 2:
+                body[at : at + 1] = bytes([draw.randrange(256)])
+            case _:
+                other = draw.choice(SEEDS)
+                start = draw.randrange(len(other))
+                body[at:at] = other[start : start + draw.randrange(30)]
+    return bytes(body)
+
+
+def test_of_10_000_broken_bodies_none_reaches_an_engine_without_the_salt():
+    draw = random.Random(5)
+    passed, refused = 0, []
+    for _ in range(10_000):
+        try:
+            found = salted(mutated(draw), ACME, SECRET)
+        except RequestError as error:
+            refused.append(error.status)
+            continue
+        try:
+            pairs = json.loads(found, object_pairs_hook=lambda pairs: pairs)
+        except ValueError:
+            continue  # inside a value: the engine's reader refuses it as well
+        # The outermost object comes last.
+        salts = [value for name, value in pairs if name == "cache_salt"]
+        assert len(salts) == 1
+        assert re.fullmatch(r"[A-Za-z0-9_-]{43}", salts[0])
+        passed += 1
+    assert passed > 500
+    assert len(refused) > 5_000
+    assert set(refused) <= {400, 403}
