@@ -36,7 +36,7 @@ class Verdict(enum.StrEnum):
 def prefer(choices: Iterable[Choice], target_ms: float | None) -> tuple[Choice, ...]:
     """Return the plan in the order that a target gives it; without a target, as it is.
 
-    Workers that meet the target come first, by the prefill that the request would cost there: whoever
+    Workers that meet the target come first, by what the request would cost the fleet there: whoever
     meets it is soon enough for the client, so the fleet's time decides. Where that is equal, and behind
     the target, the plan's own order stays. A prediction meets the target if it is as far below it as
     predictions are exact.
@@ -45,15 +45,20 @@ def prefer(choices: Iterable[Choice], target_ms: float | None) -> tuple[Choice, 
     if target_ms is None:
         return plan
     meeting = {id(choice) for choice in plan if choice.terms.ttft_ms * (1 + TIE_SHARE) <= target_ms}
-    least_ms = min((choice.terms.prefill_ms for choice in plan if id(choice) in meeting), default=0.0)
+    least_ms = min((fleet_ms(choice) for choice in plan if id(choice) in meeting), default=0.0)
     tied_ms = least_ms * (1 + TIE_SHARE) + TIE_MS
 
     def rank(choice: Choice) -> tuple[bool, float]:
         if id(choice) not in meeting:
             return True, 0.0
-        return False, max(choice.terms.prefill_ms, tied_ms)
+        return False, max(fleet_ms(choice), tied_ms)
 
     return tuple(sorted(plan, key=rank))
+
+
+def fleet_ms(choice: Choice) -> float:
+    """Return what the request takes of the fleet: its prefill, and what that costs others. Not its waiting."""
+    return choice.terms.prefill_ms + choice.terms.slowdown_ms + choice.terms.crowding_ms
 
 
 def soonest_ms(choices: Iterable[Choice]) -> float:

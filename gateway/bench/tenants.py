@@ -16,7 +16,7 @@ from collections.abc import Awaitable, Callable
 import msgspec
 
 from gateway.bench.conversations import chat_body, conversation
-from gateway.bench.report import Figure
+from kvindex.figures import Figure
 from gateway.decision import Decision, End, HttpRequest, Served
 from gateway.tenants.gate import TenantGate
 from gateway.tenants.keys import hash_key, new_key

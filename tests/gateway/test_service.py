@@ -14,6 +14,8 @@ from gateway.service import Shares, prefer, shortest_queue_ms, soonest_ms
 class Terms:
     queue_ms: float
     prefill_ms: float
+    slowdown_ms: float = 0.0
+    crowding_ms: float = 0.0
 
     @property
     def ttft_ms(self) -> float:
@@ -55,6 +57,12 @@ def test_a_prediction_must_be_below_the_target_by_what_predictions_are_exact_to(
     found = planned(**IDLE_OR_HOLDER)
     assert names(prefer(found, 532 * 1.09)) == ["idle", "holder"]
     assert names(prefer(found, 532 * 1.11)) == ["holder", "idle"]
+
+
+def test_what_a_prefill_costs_others_counts_with_it():
+    idle = Choice("idle", Terms(0, 200))
+    shared = Choice("shared", Terms(50, 160, slowdown_ms=100, crowding_ms=10))
+    assert names(prefer((shared, idle), 1_000)) == ["idle", "shared"]
 
 
 def test_a_little_less_prefill_is_no_reason_to_wait():
