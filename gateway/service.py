@@ -57,7 +57,7 @@ def prefer(choices: Iterable[Choice], target_ms: float | None) -> tuple[Choice, 
 
 
 def fleet_ms(choice: Choice) -> float:
-    """Return what the request takes of the fleet: its prefill, and what that costs others. Not its waiting."""
+    """Return what the request takes of the fleet: its prefill and what that costs others, no waiting."""
     return choice.terms.prefill_ms + choice.terms.slowdown_ms + choice.terms.crowding_ms
 
 

@@ -16,12 +16,12 @@ from collections.abc import Awaitable, Callable
 import msgspec
 
 from gateway.bench.conversations import chat_body, conversation
-from kvindex.figures import Figure
 from gateway.decision import Decision, End, HttpRequest, Served
 from gateway.tenants.gate import TenantGate
 from gateway.tenants.keys import hash_key, new_key
 from gateway.tenants.limits import Limiter
 from gateway.tenants.roster import Roster, Tenant
+from kvindex.figures import Figure
 
 SEED = 20
 NUM_TENANTS = 1_000
