@@ -9,12 +9,12 @@ from prometheus_client import Counter, Gauge
 from connectors.staging import StagingRing
 
 TRANSFERS = Counter(
-    "kvlane_transfers",
+    "kvlane_transfer_ended",
     "Transfers that ended, by role (send, receive) and outcome (done, or the reason of the failure).",
     ["role", "outcome"],
 )
-BYTES = Counter("kvlane_transfer_bytes", "Bytes of KV that were moved.", ["role"])
-LIVE = Gauge("kvlane_transfers_live", "Transfers that have not ended.", ["role"])
+BYTES = Counter("kvlane_transfer_moved_bytes", "Bytes of KV that were moved.", ["role"])
+LIVE = Gauge("kvlane_transfer_live", "Transfers that have not ended.", ["role"])
 FREE_BUFFERS = Gauge("kvlane_transfer_free_buffers", "Staging buffers that are free.", ["role"])
 QUARANTINED_BUFFERS = Gauge(
     "kvlane_transfer_quarantined_buffers",

@@ -49,6 +49,10 @@ class Worker(msgspec.Struct, frozen=True, kw_only=True):
     dp_size: int = 1
     max_num_batched_tokens: int = 0
     """Most tokens the engine computes in one step; 0 where unknown."""
+    transfer_address: str = ""
+    """`host:port` at which the first tensor-parallel rank sends KV; the others listen at the next ports."""
+    tp_size: int = 1
+    """Tensor-parallel ranks."""
     role: Role = Role.BOTH
     labels: dict[str, str] = {}
     engine: str = ""

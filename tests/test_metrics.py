@@ -19,6 +19,7 @@ LABELS = {
     "model",  # base models of the fleet, not what a client asks for
     "outcome",
     "reason",
+    "role",  # send, receive
     "state",
     "status",
     "step",
@@ -34,7 +35,7 @@ HISTOGRAM_UNITS = ("seconds", "bytes", "tokens", "blocks")
 
 def test_names_follow_the_conventions():
     for each in metrics():
-        assert re.fullmatch(r"kvlane_(gateway|publisher)_[a-z][a-z0-9_]*", each.name), each
+        assert re.fullmatch(r"kvlane_(gateway|publisher|transfer)_[a-z][a-z0-9_]*", each.name), each
         words = each.name.removesuffix("_total").split("_")
         assert not set(words) & set(OTHER_UNITS), f"{each.name}: base units only"
         assert (each.kind == "counter") == each.name.endswith("_total"), each

@@ -54,6 +54,10 @@ class SchedulerSide:
             dp_rank=parallel.data_parallel_index,
             dp_size=parallel.data_parallel_size,
             max_num_batched_tokens=vllm_config.scheduler_config.max_num_batched_tokens,
+            transfer_address=self._transfer_address(
+                parallel.data_parallel_index * parallel.tensor_parallel_size
+            ),
+            tp_size=parallel.tensor_parallel_size,
             labels=self._config.labels,
             engine=compat.ENGINE,
         )
@@ -61,6 +65,13 @@ class SchedulerSide:
         self.transfer = TransferScheduler() if self._config.transfer_port else None
         self._load: LoadTracker | None = None
         self._publisher: Publisher | None = None
+
+    def _transfer_address(self, first_rank: int) -> str:
+        """Return where peers reach this rank's side channel; empty if it has none."""
+        if not self._config.transfer_port:
+            return ""
+        host = self._config.endpoint.rpartition(":")[0]
+        return f"{host}:{self._config.transfer_port + first_rank}"
 
     def start(self, block_pool: BlockPool) -> None:
         """Begin to publish; `block_pool` is the scheduler's, which only its thread may change."""

@@ -19,7 +19,8 @@ PAGE = ROOT / "docs" / "metrics.md"
 HEAD = """\
 # Metrics
 
-Gateways serve them at `/metrics` of the admin port, publishers at `metrics_port`. Durations are in seconds,
+Gateways serve them at `/metrics` of the admin port, publishers at `metrics_port`,
+engines those of transfers at `transfer_metrics_port`. Durations are in seconds,
 sizes in bytes. Labels have few values: what a client sends is never one.
 [A dashboard](../deploy/grafana/kvlane.json) of them can be imported into Grafana.
 
@@ -39,7 +40,7 @@ class Metric(NamedTuple):
 
 def metrics() -> list[Metric]:
     """Return every metric of ours, after importing each module that defines some."""
-    for package in ("gateway", "kvindex"):
+    for package in ("gateway", "connectors", "kvindex"):
         for path in sorted((ROOT / package).rglob("metrics.py")):
             importlib.import_module(".".join(path.relative_to(ROOT).with_suffix("").parts))
     return sorted(_ours())

@@ -62,7 +62,7 @@ class TransferEngine:
         """Whether no transfer is live, every staging buffer free, and no block in use."""
         now = await self.metrics()
         return (
-            now["kvlane_transfers_live{role=send}"] == now["kvlane_transfers_live{role=receive}"] == 0
+            now["kvlane_transfer_live{role=send}"] == now["kvlane_transfer_live{role=receive}"] == 0
             and now["kvlane_transfer_quarantined_buffers{role=send}"] == 0
             and now["kvlane_transfer_quarantined_buffers{role=receive}"] == 0
             and now["kvlane_transfer_free_buffers{role=send}"] == 8

@@ -87,6 +87,13 @@ def test_the_worker_is_what_vllm_was_configured_to_be(config: Any):
     assert worker.incarnation != SchedulerSide(config, kv_cache_config()).worker.incarnation
 
 
+def test_the_worker_says_where_it_sends_kv_if_it_does():
+    assert SchedulerSide(vllm_config(), kv_cache_config()).worker.transfer_address == ""
+    extra = {"kvlane.endpoint": "10.0.0.7:8000", "kvlane.transfer_port": 5600}
+    worker = SchedulerSide(vllm_config(extra=extra), kv_cache_config()).worker
+    assert (worker.transfer_address, worker.tp_size) == ("10.0.0.7:5600", 1)
+
+
 def test_the_endpoint_may_come_from_the_environment(monkeypatch: pytest.MonkeyPatch):
     monkeypatch.setenv("KVLANE_ENDPOINT", "10.0.0.8:8000")
     assert SchedulerSide(vllm_config(extra={}), kv_cache_config()).worker.endpoint == "10.0.0.8:8000"

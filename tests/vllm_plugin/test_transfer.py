@@ -19,7 +19,7 @@ pytestmark = pytest.mark.vllm
 
 PATIENCE_S = 120.0
 LENGTHS = [1, 2, BLOCK_SIZE - 1, BLOCK_SIZE, BLOCK_SIZE + 1, 3 * BLOCK_SIZE, 200, 1_000, 3_500]
-DONE = "kvlane_transfers_total{outcome=done,role=receive}"
+DONE = "kvlane_transfer_ended_total{outcome=done,role=receive}"
 
 draw = random.Random(5)
 
@@ -61,7 +61,7 @@ async def test_split_is_whole_token_for_token(engines: Pair):
 async def test_blocks_that_the_decode_worker_has_are_not_sent(engines: Pair):
     start = prompt(10 * BLOCK_SIZE)
     await same(engines, [start])
-    sent = "kvlane_transfer_bytes_total{role=send}"
+    sent = "kvlane_transfer_moved_bytes_total{role=send}"
     before = (await engines.prefill.metrics())[sent]
     await same(engines, [start + prompt(7)])
     # 4 layers, K and V, 2 heads of 32 bfloat16 numbers: one block, and not eleven.
@@ -112,7 +112,7 @@ async def test_blocks_that_nobody_fetches_are_freed_after_the_lease(engines: Pai
 
 async def wait_until_prefill_has_begun(engines: Pair) -> None:
     async def is_live() -> bool:
-        return (await engines.prefill.metrics())["kvlane_transfers_live{role=send}"] > 0
+        return (await engines.prefill.metrics())["kvlane_transfer_live{role=send}"] > 0
 
     await eventually(is_live, PATIENCE_S)
 
