@@ -68,6 +68,12 @@ class GatewayConfig(IndexConfig):
     stop_grace_s: float = Field(5.0, ge=0, description="Time that open streams get when the gateway stops.")
 
     poll_interval_ms: int = Field(250, gt=0, description="How often the list of workers is read.")
+    recovery_grace_s: float = Field(
+        5.0,
+        ge=0,
+        description="After Redis was away, workers that it does not know yet stay for this long, since "
+        "their leases ran out meanwhile. Longer than a lease.",
+    )
     probe_interval_s: float = Field(2.0, gt=0, description="How often workers are asked for their models.")
     probe_timeout_s: float = Field(2.0, gt=0, description="Longest wait for a worker's models.")
     worker_api_key: SecretStr | None = Field(
@@ -83,6 +89,12 @@ class GatewayConfig(IndexConfig):
     parity_tries: int = Field(2, ge=1, description="Probes before a worker is given its verdict.")
     parity_again_s: float = Field(
         60.0, gt=0, description="How soon a worker whose check failed or came to no end is checked again."
+    )
+    silent_after_s: float = Field(
+        30.0,
+        gt=0,
+        description="A worker with a request as old as this and no answer since is checked; if it does not "
+        "answer that, others are preferred.",
     )
     parity_concurrency: int = Field(8, ge=1, description="Workers that are checked at the same time.")
 

@@ -8,8 +8,8 @@ import math
 import secrets
 import time
 from collections import Counter
-from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from collections.abc import Collection, Iterator, Mapping, Sequence
+from dataclasses import dataclass, field
 from typing import Protocol
 
 import msgspec
@@ -58,6 +58,7 @@ class _InFlight:
     receipt: Receipt
     worker: Worker
     charge: Charge | None
+    since: float = field(default_factory=time.monotonic)
 
 
 class KvRouter:
@@ -84,11 +85,24 @@ class KvRouter:
         self._desk = AdmissionDesk(config)
         self._in_flight: dict[str, _InFlight] = {}
         self._requests: Counter[str] = Counter()
+        self._answered: dict[str, float] = {}
 
     @property
     def requests_in_flight(self) -> Mapping[str, int]:
         """Requests sent by this gateway and not finished, by worker id."""
         return self._requests
+
+    def silent_workers(self) -> Collection[str]:
+        """Return the ids of workers that have let a request wait for long and ended none meanwhile."""
+        now = time.monotonic()
+        oldest: dict[str, float] = {}
+        for flight in self._in_flight.values():
+            oldest.setdefault(flight.worker.worker_id, flight.since)
+        return {
+            name
+            for name, since in oldest.items()
+            if now - since > self._config.silent_after_s and self._answered.get(name, since) <= since
+        }
 
     async def stop(self) -> None:
         """Wait until every finished request is settled."""
@@ -121,6 +135,8 @@ class KvRouter:
         flight.receipt.end = end
         self._desk.give_back(flight.receipt)
         metrics.IN_FLIGHT.dec()
+        if end is End.COMPLETE:
+            self._answered[flight.worker.worker_id] = time.monotonic()
         self._requests[flight.worker.worker_id] -= 1
         if not self._requests[flight.worker.worker_id]:
             del self._requests[flight.worker.worker_id]
@@ -253,6 +269,9 @@ class KvRouter:
             if charged.choices:
                 return charged.choices, charged.charge
             self._reserver.take_back(charged.charge)
+        elif self._fleet.is_recovering and not found.excluded:
+            receipt.fallback = receipt.fallback or "index_recovering"
+            return (), None
         raise self._no_worker(f"No live worker can serve `{demand.model}` now.", found.excluded)
 
     def _by_load(self, request: HttpRequest, receipt: Receipt) -> tuple[Worker, ...]:
@@ -348,7 +367,7 @@ def named_model(body: bytes) -> str | None:
     """Return the `model` of a JSON body, without looking at anything else."""
     try:
         return msgspec.json.decode(body, type=_Named).model
-    except (msgspec.DecodeError, UnicodeDecodeError):
+    except (msgspec.DecodeError, UnicodeDecodeError, RecursionError):
         return None
 
 

@@ -124,6 +124,19 @@ def _served(snapshot: FleetSnapshot, config: GatewayConfig) -> Iterator[ServedMo
             )
 
 
+def _with_missing(found: Mapping[Pool, PoolView], former: Mapping[Pool, PoolView]) -> dict[Pool, PoolView]:
+    """Return the pools with the workers that were known before and are in none of them now."""
+    pools = dict(found)
+    known = {each.worker.worker_id for view in pools.values() for each in view.workers.values()}
+    for pool, view in former.items():
+        missing = {slot: each for slot, each in view.workers.items() if each.worker.worker_id not in known}
+        if missing:
+            now = pools.get(pool, PoolView(pool, view.registry_version, {}))
+            # A slot that has a new owner is the new owner's.
+            pools[pool] = replace(now, workers={**missing, **now.workers})
+    return pools
+
+
 class Fleet:
     """Follows the fleet on one event loop and implements `Endpoints`.
 
@@ -144,6 +157,7 @@ class Fleet:
         self._probing = asyncio.Lock()
         self._probe_now = asyncio.Event()
         self._probed_at = 0.0
+        self._recovered_at: float | None = None
         self._tasks: list[asyncio.Task[None]] = []
 
     @property
@@ -155,6 +169,13 @@ class Fleet:
     def failure(self) -> str | None:
         """Why the snapshot may be old; None while the index answers."""
         return self._failure
+
+    @property
+    def is_recovering(self) -> bool:
+        """Whether the index came back just now: workers that it does not know may not have told it yet."""
+        if self._recovered_at is None:
+            return False
+        return time.monotonic() - self._recovered_at < self._config.recovery_grace_s
 
     @property
     def checks_parity(self) -> bool:
@@ -265,11 +286,16 @@ class Fleet:
         except IndexUnavailable as error:
             self._note(str(error))
             raise
+        if self._failure is not None and self._version > 0:
+            self._recovered_at = time.monotonic()
         self._note(None)
         former = self.addresses
-        live = {each.worker.incarnation for view in views for each in view.workers.values()}
+        pools = {view.pool: view for view in views}
+        if self.is_recovering:
+            pools = _with_missing(pools, self._snapshot.pools)
+        live = {each.worker.incarnation for view in pools.values() for each in view.workers.values()}
         parity = {name: parity for name, parity in self._snapshot.parity.items() if name in live}
-        self._replace(pools={view.pool: view for view in views}, parity=parity)
+        self._replace(pools=pools, parity=parity)
         self._count_workers()
         if not set(self.addresses) <= self._snapshot.cards.keys():
             self._probe_now.set()

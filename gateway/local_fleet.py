@@ -38,8 +38,11 @@ class FleetOptions:
 
     engine: EngineCommand
     num_workers: int = 2
+    num_gateways: int = 1
     listen: str | None = None
     """`host:port` of Envoy; None: a free port of 127.0.0.1."""
+    gateway_env: Callable[[int], Mapping[str, str]] = lambda _: {}
+    """Number of a gateway to what its environment has beside ours."""
     start_timeout_s: float = 1800.0
     """Longest wait for everything to be ready; a large model may have to be downloaded first."""
 
@@ -48,10 +51,13 @@ class LocalFleet:
     """A running fleet. `engines` are `ip:port`; the child processes have the names of their parts."""
 
     def __init__(self, processes: Processes, redis_url: str, options: FleetOptions) -> None:
-        ports = free_ports(3 + options.num_workers)
-        addresses = [f"127.0.0.1:{port}" for port in ports]
+        num_gateways = options.num_gateways
+        ports = free_ports(1 + 2 * num_gateways + options.num_workers)
+        self._envoy_admin, *addresses = (f"127.0.0.1:{port}" for port in ports)
         self.redis_url = redis_url
-        self.admin, self._gateway, self._envoy_admin, *self.engines = addresses
+        self.admins = addresses[:num_gateways]
+        self._gateways = addresses[num_gateways : 2 * num_gateways]
+        self.engines = addresses[2 * num_gateways :]
         self.envoy = options.listen or free_address()
         self.processes = processes
         self.pids: dict[str, int] = {}
@@ -64,20 +70,24 @@ class LocalFleet:
 
     @property
     def admin_url(self) -> str:
-        """Health, metrics, fleet and receipts of the gateway."""
-        return f"http://{self.admin}"
+        """Health, metrics, fleet and receipts of the first gateway."""
+        return f"http://{self.admins[0]}"
 
     def start(self) -> None:
         """Start every part; none is ready yet."""
-        self.start_gateway()
-        self.start_envoy("envoy", self.envoy, self._envoy_admin, "--gateway", self._gateway)
+        for number in range(len(self._gateways)):
+            self.start_gateway(number)
+        gateways = [argument for each in self._gateways for argument in ("--gateway", each)]
+        self.start_envoy("envoy", self.envoy, self._envoy_admin, *gateways)
         for number in range(len(self.engines)):
             self.start_engine(number)
 
-    def start_gateway(self) -> None:
-        """Start the gateway, or start it again."""
-        command = kvlane("gateway", "--listen", self._gateway, "--admin-listen", self.admin)
-        self._start("gateway", [*command, "--redis-url", self.redis_url], env=PATIENCE)
+    def start_gateway(self, number: int = 0) -> None:
+        """Start a gateway, or start it again. The first is the child `gateway`, the next `gateway-1`."""
+        where = ("--listen", self._gateways[number], "--admin-listen", self.admins[number])
+        name = f"gateway-{number}" if number else "gateway"
+        env = {**PATIENCE, **self._options.gateway_env(number)}
+        self._start(name, kvlane("gateway", *where, "--redis-url", self.redis_url), env=env)
 
     def start_engine(self, number: int) -> None:
         """Start an engine, or start it again on its old port."""
@@ -107,7 +117,7 @@ class LocalFleet:
         Raises:
             ProcessEnded: a part has ended, or the time is up.
         """
-        self.wait_until(lambda: answers(f"{self.admin_url}/health"), "the gateway")
+        self.wait_until(lambda: all(answers(f"http://{each}/ready") for each in self.admins), "the gateway")
         progress(f"gateway  {self.admin_url}")
         waiting = list(self.engines)
 

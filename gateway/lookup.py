@@ -37,24 +37,26 @@ def allowed(
 ) -> tuple[list[RegisteredWorker], dict[str, str]]:
     """Split workers into those that may serve `demand` and the reasons why the others may not.
 
-    Workers that refuse our connections are left out unless no other is left: they may still answer
-    Envoy.
+    Workers that refuse our connections or do not answer our requests are left out unless no other is
+    left: they may still answer Envoy.
     """
     snapshot = fleet.snapshot
     excluded: dict[str, str] = {}
     reachable: list[RegisteredWorker] = []
-    refusing: list[RegisteredWorker] = []
+    doubtful: list[tuple[RegisteredWorker, str]] = []
     for each in registered:
         worker = each.worker
         if reason := obstacle(worker, snapshot.served_names(worker), demand):
             excluded[worker.worker_id] = reason
         elif worker.endpoint in snapshot.unreachable:
-            refusing.append(each)
+            doubtful.append((each, "refuses connections"))
+        elif not snapshot.parity_of(worker).answers:
+            doubtful.append((each, "answers no request"))
         else:
             reachable.append(each)
     if not reachable:
-        return refusing, excluded
-    return reachable, excluded | {each.worker.worker_id: "refuses connections" for each in refusing}
+        return [each for each, _ in doubtful], excluded
+    return reachable, excluded | {each.worker.worker_id: reason for each, reason in doubtful}
 
 
 def registered_state(registered: RegisteredWorker) -> WorkerState:

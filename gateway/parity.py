@@ -99,6 +99,8 @@ class Parity(msgspec.Struct, frozen=True, kw_only=True):
     cure: str = ""
     lag_ms: float | None = None
     """From the engine's answer until all its blocks were in the index; None unless they came."""
+    answers: bool = True
+    """Whether the last check's request was answered at all."""
     checked_at: float | None = None
     """Unix time in seconds at which the last check ended, however it ended."""
 
@@ -175,7 +177,8 @@ def degraded(worker: Worker, reason: Reason, detail: str) -> Parity:
 
 def unverified(worker: Worker, reason: Reason, detail: str) -> Parity:
     """Return that a check of `worker` has not come to an end."""
-    return Parity(reason=reason, detail=detail, cure=cure(worker, reason))
+    answers = reason is not Reason.NO_ANSWER
+    return Parity(reason=reason, detail=detail, cure=cure(worker, reason), answers=answers)
 
 
 def cure(worker: Worker, reason: Reason) -> str:

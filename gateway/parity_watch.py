@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import time
+from collections.abc import Callable, Collection
 from functools import partial
 
 import msgspec
@@ -25,21 +26,31 @@ class ParityWatch:
     """Keeps the fleet's verdicts, on its event loop.
 
     A worker is checked once it accepts connections, under each new incarnation, and later again until
-    it is exact. A check that comes to no end, because the worker is busy or refuses, changes no verdict.
+    it is exact. A check that comes to no end, because the worker is busy or refuses, changes no verdict;
+    whether it answered at all is noted.
 
     Args:
         config: how often, how many at a time.
         fleet: followed, and told the verdicts.
         prober: makes the checks.
+        silent_workers: ids of workers to check out of turn, since requests wait there without an answer.
     """
 
-    def __init__(self, config: GatewayConfig, fleet: Fleet, prober: ParityProber) -> None:
+    def __init__(
+        self,
+        config: GatewayConfig,
+        fleet: Fleet,
+        prober: ParityProber,
+        silent_workers: Callable[[], Collection[str]] = tuple,
+    ) -> None:
         self._config = config
         self._fleet = fleet
         self._prober = prober
+        self._silent_workers = silent_workers
         self._turn = asyncio.Semaphore(config.parity_concurrency)
         self._due_at_s: dict[str, float] = {}
         self._again_s: dict[str, float] = {}
+        self._checked_at_s: dict[str, float] = {}
         self._checks: dict[str, asyncio.Task[None]] = {}
         self._loop: asyncio.Task[None] | None = None
 
@@ -65,13 +76,20 @@ class ParityWatch:
         for name in self._due_at_s.keys() - live.keys():
             del self._due_at_s[name]
             self._again_s.pop(name, None)
+            self._checked_at_s.pop(name, None)
+        silent = self._silent_workers()
         for name, registered in live.items():
             # A lease that lapsed and was renewed in between has cost the verdict.
             is_due = name not in snapshot.parity or self._due_at_s[name] <= time.monotonic()
+            is_due = is_due or (registered.worker.worker_id in silent and self._may_be_suspected(name))
             if is_due and name not in self._checks and snapshot.accepts_connections(registered.worker):
                 task = asyncio.create_task(self._check(registered))
                 self._checks[name] = task
                 task.add_done_callback(partial(self._checked, name))
+
+    def _may_be_suspected(self, name: str) -> bool:
+        """Say whether the last check is old enough: a long answer looks like silence, too."""
+        return time.monotonic() - self._checked_at_s.get(name, 0.0) >= self._config.parity_again_s
 
     def _checked(self, name: str, _: asyncio.Task[None]) -> None:
         del self._checks[name]
@@ -83,10 +101,12 @@ class ParityWatch:
                 return
             adapters = self._fleet.snapshot.adapters(worker)
             parity = await self._prober.check(registered, adapters[0] if adapters else None)
+        self._checked_at_s[worker.incarnation] = time.monotonic()
         self._due_at_s[worker.incarnation] = time.monotonic() + self._pause_s(worker, parity)
         former = self._fleet.snapshot.parity_of(worker)
         if parity.state is State.CHECKING and former.state is not State.CHECKING:
-            parity = msgspec.structs.replace(former, checked_at=parity.checked_at)
+            kept = {"answers": parity.answers, "checked_at": parity.checked_at}
+            parity = msgspec.structs.replace(former, **kept)
         self._fleet.note_parity(worker, parity)
         _tell(worker, former, parity)
 
@@ -94,6 +114,7 @@ class ParityWatch:
         """Return how long `worker` is left alone after a check that ended with `parity`."""
         match parity.state:
             case State.EXACT:
+                self._again_s.pop(worker.incarnation, None)
                 return float("inf")
             case State.DEGRADED:
                 return self._config.parity_again_s
@@ -104,6 +125,8 @@ class ParityWatch:
 
 
 def _tell(worker: Worker, former: Parity, parity: Parity) -> None:
+    if former.answers and not parity.answers:
+        log.error("worker answers no request: others are preferred", worker=worker.worker_id)
     if (former.state, former.reason) == (parity.state, parity.reason):
         return
     seen = {"worker": worker.worker_id, "reason": parity.reason, "detail": parity.detail, "cure": parity.cure}

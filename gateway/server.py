@@ -64,7 +64,7 @@ async def run(config: GatewayConfig) -> None:
         router = KvRouter(config, index, fleet, reader, rates=rates, receipts=receipts)
         exits.push_async_callback(router.stop)
         exits.push_async_callback(fleet.stop)
-        watch = ParityWatch(config, fleet, ParityProber(config, index, reader, client))
+        watch = ParityWatch(config, fleet, ParityProber(config, index, reader, client), router.silent_workers)
         exits.push_async_callback(watch.stop)
         readiness = Readiness()
         app = create_app(

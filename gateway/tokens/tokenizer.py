@@ -166,8 +166,18 @@ class ModelTokenizer:
         return self._segments.split(text, counted_chars=counted_chars)
 
     def encode(self, batch: Sequence[Segments]) -> None:
-        """See `SegmentEncoder.encode`."""
-        self._segments.encode(batch)
+        """See `SegmentEncoder.encode`.
+
+        Raises:
+            TokenizerError: the tokenizer fails at this text.
+        """
+        try:
+            self._segments.encode(batch)
+        # The tokenizers library raises Exception itself; what its Rust code panics with is not even that.
+        except BaseException as error:
+            if not isinstance(error, Exception) and type(error).__name__ != "PanicException":
+                raise
+            raise TokenizerError(f"the tokenizer fails at this text: {error!r}") from error
 
     def tokens(
         self, text: Segments, *, add_special_tokens: bool, truncation: Truncation | None = None

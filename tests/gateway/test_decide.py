@@ -14,7 +14,7 @@ from gateway.decide import KvRouter, named_model
 from gateway.decision import Caller, End, HttpRequest, Served
 from gateway.errors import RequestError, TokenizerError
 from gateway.fleet import Fleet
-from gateway.parity import Reason, degraded
+from gateway.parity import Reason, degraded, unverified
 from gateway.probe import ModelCard, worker_client
 from gateway.rates import Rates
 from gateway.receipts import Receipts
@@ -23,6 +23,7 @@ from kvindex.blocks import hash_blocks, root_hash
 from kvindex.errors import IndexUnavailable
 from kvindex.memory_index import MemoryIndex, MemoryIndexReader, MemoryIndexWriter
 from kvindex.worker import Batch, Load
+from tests.support.waiting import eventually
 from tests.support.workers import make_worker
 
 LEASE_MS = 60_000
@@ -405,6 +406,55 @@ async def test_a_late_answer_of_the_index_is_not_cut_off(make):
     assert bench.index.num_matches == 0
     await bench.router.stop()
     assert bench.index.num_matches == 1
+
+
+@pytest.mark.parametrize("is_flushed", [True, False])
+async def test_after_an_outage_workers_whose_leases_ran_out_meanwhile_still_serve(make, is_flushed):
+    bench = make(recovery_grace_s=0.3)
+    await bench.join("a:1", "b:1")
+    bench.index.away = True
+    with pytest.raises(IndexUnavailable):
+        await bench.fleet.poll()
+    bench.leave("a:1")
+    if is_flushed:
+        bench.leave("b:1")
+    bench.index.away = False
+    await bench.fleet.poll()
+    assert bench.fleet.addresses == ("a:1", "b:1")
+    decision = await bench.decide()
+    assert decision.response_headers.get("x-kvlane-fallback") == ("index_recovering" if is_flushed else None)
+    assert set(decision.destinations) == ({"a:1", "b:1"} if is_flushed else {"b:1"})
+    await bench.join("a:1")
+    assert (await bench.decide()).response_headers.get("x-kvlane-fallback") is None
+    await eventually(lambda: not bench.fleet.is_recovering)
+    await bench.fleet.poll()
+    assert bench.fleet.addresses == (("a:1",) if is_flushed else ("a:1", "b:1"))
+
+
+async def test_a_worker_that_answers_no_request_is_the_last_choice(bench):
+    await bench.join("holder:1", blocks=blocks_of())
+    await bench.join("idle:1")
+    for name in ("holder:1", "idle:1"):
+        worker, _ = bench.slots[name]
+        bench.fleet.note_parity(worker, unverified(worker, Reason.NO_ANSWER, "hangs"))
+        decision = await bench.decide()
+        assert decision.destinations[0] == ("idle:1" if name == "holder:1" else "holder:1")
+    bench.leave("idle:1")
+    await bench.fleet.poll()
+    assert (await bench.decide()).destinations == ("holder:1",)
+
+
+async def test_a_worker_is_silent_while_requests_wait_and_none_is_answered(make):
+    bench = make(silent_after_s=0.05)
+    await bench.join("a:1")
+    first, second = await bench.decide(), await bench.decide()
+    assert bench.router.silent_workers() == set()
+    await eventually(bench.router.silent_workers)
+    assert bench.router.silent_workers() == {"a:1"}
+    await bench.router.finish(first.decision_id, End.ABORTED)
+    assert bench.router.silent_workers() == {"a:1"}
+    await bench.router.finish(second.decision_id, End.COMPLETE)
+    assert bench.router.silent_workers() == set()
 
 
 async def test_a_known_outage_is_not_waited_for(bench):

@@ -45,12 +45,12 @@ class ScriptedProber:
 class Watched:
     """A fleet on a memory index, whose workers accept connections once `answering`."""
 
-    def __init__(self, client, **options) -> None:
+    def __init__(self, client, silent_workers=tuple, **options) -> None:
         self.memory = MemoryIndex()
         self.config = GatewayConfig(**({"poll_interval_ms": 5} | options))
         self.fleet = Fleet(self.config, MemoryIndexReader(self.memory), client)
         self.prober = ScriptedProber()
-        self.watch = ParityWatch(self.config, self.fleet, self.prober)
+        self.watch = ParityWatch(self.config, self.fleet, self.prober, silent_workers)
 
     async def join(self, endpoint, *, takeover=False, **fields):
         worker = make_worker(endpoint, **fields)
@@ -166,7 +166,30 @@ async def test_a_check_without_end_is_made_again_soon_and_changes_no_verdict(wat
     at.prober.verdict = lambda worker: unverified(worker, Reason.NO_ANSWER, "busy")
     so_far = len(at.prober.checked)
     await eventually(lambda: len(at.prober.checked) >= so_far + 2)
-    assert at.fleet.snapshot.parity_of(worker).reason is Reason.TOKENS
+    parity = at.fleet.snapshot.parity_of(worker)
+    assert (parity.reason, parity.answers) == (Reason.TOKENS, False)
+    at.prober.verdict = lambda worker: degraded(worker, Reason.TOKENS, "")
+    await eventually(lambda: at.fleet.snapshot.parity_of(worker).answers)
+
+
+async def test_a_worker_that_falls_silent_is_checked_and_may_lose_its_requests(watched, monkeypatch):
+    monkeypatch.setattr(parity_watch, "FIRST_AGAIN_S", 0.01)
+    silent = set()
+    at = watched(parity_again_s=0.02, silent_workers=lambda: silent)
+    worker = await at.join("a:1")
+    at.answering()
+    await eventually(lambda: at.state(worker) is State.EXACT)
+    checked = len(at.prober.checked)
+    silent.add(worker.worker_id)
+    # Its answers are only long: it passes again.
+    await eventually(lambda: len(at.prober.checked) >= checked + 2)
+    assert at.fleet.snapshot.parity_of(worker).answers
+    at.prober.verdict = lambda worker: unverified(worker, Reason.NO_ANSWER, "hangs")
+    await eventually(lambda: not at.fleet.snapshot.parity_of(worker).answers)
+    assert at.state(worker) is State.EXACT
+    silent.clear()
+    at.prober.verdict = lambda worker: EXACT
+    await eventually(lambda: at.fleet.snapshot.parity_of(worker).answers)
 
 
 async def test_a_worker_that_left_while_it_waited_for_its_turn_is_not_checked(watched):

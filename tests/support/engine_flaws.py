@@ -20,6 +20,7 @@ def add_flags(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--no-prefix-caching", action="store_true", help="as vLLM's metrics then say")
     parser.add_argument("--no-tokenize", action="store_true", help="/tokenize is not served")
     parser.add_argument("--chat-template", type=Path, help="a template that the gateway does not know of")
+    parser.add_argument("--answers", type=int, help="requests that are answered; the next ones hang for ever")
     parser.add_argument("--registered-block-size", type=int, help="other than the engine's own")
     parser.add_argument("--registered-model", help="other than the name that is served")
 

@@ -15,6 +15,7 @@ from __future__ import annotations
 import argparse
 import asyncio
 import contextlib
+import functools
 import json
 from collections.abc import AsyncIterator, Callable, Sequence
 from contextlib import AbstractAsyncContextManager
@@ -85,6 +86,12 @@ class Guard:
         await app(scope, receive, send)
 
 
+@functools.cache
+def _prompts(directory: Path, template: Path | None) -> Prompts:
+    """Return what engines of one process share."""
+    return Prompts(directory, template)
+
+
 class Api:
     """The HTTP side."""
 
@@ -96,7 +103,7 @@ class Api:
     ) -> None:
         self.options = options
         self.engine = engine
-        self.prompts = Prompts(options.tokenizer, options.chat_template)
+        self.prompts = _prompts(options.tokenizer, options.chat_template)
         self.finished: list[dict[str, Any]] = []
         self.app = Starlette(
             lifespan=lifespan,
@@ -137,6 +144,9 @@ class Api:
     async def generate(
         self, request: Request, body: dict[str, Any], prompts: Sequence[list[int]], kind: str
     ) -> Response:
+        if self.options.answers is not None and len(self.finished) >= self.options.answers:
+            await disconnected(request)
+            return Response(status_code=499)
         if body["model"] not in (self.options.model, *self.options.lora):
             return error(404, f"The model `{body['model']}` does not exist.", "NotFoundError")
         if max(map(len, prompts)) >= self.options.max_model_len:
@@ -257,8 +267,11 @@ async def disconnected(request: Request) -> None:
         pass
 
 
-def server(options: argparse.Namespace) -> uvicorn.Server:
-    """Return the server of an engine; call on the event loop that will run it."""
+def server(options: argparse.Namespace, *, grace_s: int = 1) -> uvicorn.Server:
+    """Return the server of an engine, which has `grace_s` to end its requests.
+
+    Call on the event loop that will run it.
+    """
     events = EventStream(options)
     engine = Engine(options, events)
 
@@ -272,7 +285,7 @@ def server(options: argparse.Namespace) -> uvicorn.Server:
 
     app = Api(options, engine, lifespan).app
     return uvicorn.Server(
-        uvicorn.Config(app, port=options.port, log_level="warning", timeout_graceful_shutdown=1)
+        uvicorn.Config(app, port=options.port, log_level="warning", timeout_graceful_shutdown=grace_s)
     )
 
 

@@ -171,6 +171,25 @@ def test_the_engines_chat_template_wins(tmp_path):
     assert tokenizer.render(chat, use_own_template=True) == ("the request's", None)
 
 
+class PanicException(BaseException):
+    """As pyo3 names what Rust code panicked with."""
+
+
+@pytest.mark.parametrize("failure", [Exception("no"), ValueError("no"), PanicException("no")])
+def test_a_tokenizer_that_fails_at_a_text_is_a_tokenizer_error(monkeypatch, failure):
+    tokenizer = served(tiny_model())
+
+    def fail(_):
+        raise failure
+
+    monkeypatch.setattr(tokenizer._segments, "encode", fail)
+    with pytest.raises(TokenizerError, match="fails at this text"):
+        tokenizer.encode([])
+    failure = KeyboardInterrupt()
+    with pytest.raises(KeyboardInterrupt):
+        tokenizer.encode([])
+
+
 async def test_a_tokenizer_is_loaded_once_and_kept(monkeypatch):
     loads = []
     load = ModelTokenizer.load
