@@ -6,6 +6,7 @@ import asyncio
 
 import grpc
 import structlog
+from google.protobuf.message import DecodeError
 
 from gateway.decision import Router
 from gateway.errors import ProtocolViolation
@@ -55,7 +56,7 @@ class ExtProcService:
             while (message := await context.read()) is not grpc.aio.EOF:
                 for response in await session.answer(message):
                     await context.write(response)
-        except ProtocolViolation as error:
+        except (ProtocolViolation, DecodeError) as error:
             VIOLATIONS.inc()
             log.warning("ext_proc stream refused", reason=str(error))
             await context.abort(grpc.StatusCode.INVALID_ARGUMENT, str(error))

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 import random
 
 import grpc
@@ -74,7 +75,7 @@ async def send(channel: grpc.aio.Channel, sent: list[bytes]) -> grpc.StatusCode:
         await call.done_writing()
         async for answer in call:
             wire.ProcessingResponse.FromString(answer)
-    except (grpc.aio.AioRpcError, grpc.aio.UsageError, RuntimeError):
+    except (grpc.aio.AioRpcError, grpc.aio.UsageError, asyncio.InvalidStateError):
         pass
     return await call.code()
 
