@@ -151,6 +151,13 @@ class GatewayConfig(IndexConfig):
         description="Send OpenTelemetry traces; OTEL_EXPORTER_OTLP_ENDPOINT and its like say where.",
     )
     receipts: int = Field(2_000, ge=1, description="Decisions that can be looked up afterwards.")
+    receipt_sample: float = Field(
+        1.0,
+        ge=0,
+        le=1,
+        description="Share of decisions that stay after they were measured: less reaches further back. "
+        "Those that load decided stay in any case.",
+    )
     receipt_hashes: int = Field(
         512, ge=1, description="Most block hashes that a receipt keeps; longer prompts keep them at a stride."
     )

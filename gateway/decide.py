@@ -149,6 +149,7 @@ class KvRouter:
         if receipt is None:
             return
         receipt.served = served
+        self._receipts.measured(receipt)
         if served.status == 200 and receipt.streamed and served.ttft_ms is not None:
             metrics.TTFT_SECONDS.observe(served.ttft_ms / 1000)
         self._desk.measure(receipt)

@@ -67,6 +67,13 @@ class Receipt(msgspec.Struct, kw_only=True):
         """Prompt tokens that the chosen worker held, according to the index."""
         return self.choice.cached_tokens if self.choice else 0
 
+    @property
+    def ttft_error_ms(self) -> float | None:
+        """How much later than predicted the first token came, from the end of the decision on."""
+        if self.choice is None or self.served is None or self.served.ttft_ms is None:
+            return None
+        return self.served.ttft_ms - sum(self.steps_ms.values()) - self.choice.terms.ttft_ms
+
     def view(self) -> dict[str, Any]:
         """Return the receipt as JSON-ready values."""
         fields: dict[str, Any] = msgspec.to_builtins(
@@ -75,6 +82,7 @@ class Receipt(msgspec.Struct, kw_only=True):
         choice = self.choice
         fields["matched_tokens"] = self.matched_tokens
         fields["predicted_ttft_ms"] = choice.terms.ttft_ms if choice else None
+        fields["ttft_error_ms"] = self.ttft_error_ms
         fields["candidates"] = [_view_choice(choice) for choice in self.choices]
         return fields
 
@@ -104,10 +112,12 @@ class Receipts:
 
     Args:
         capacity: receipts kept; the oldest go first.
+        sample: share of decisions that stay once they were measured. Those that load decided stay anyway.
     """
 
-    def __init__(self, capacity: int) -> None:
+    def __init__(self, capacity: int, *, sample: float = 1.0) -> None:
         self._capacity = capacity
+        self._sample = sample
         self._by_decision: OrderedDict[str, Receipt] = OrderedDict()
         self._by_request: dict[str, str] = {}
 
@@ -116,13 +126,23 @@ class Receipts:
         self._by_decision[receipt.decision_id] = receipt
         self._by_request[receipt.request_id] = receipt.decision_id
         while len(self._by_decision) > self._capacity:
-            decision_id, oldest = self._by_decision.popitem(last=False)
-            if self._by_request.get(oldest.request_id) == decision_id:
-                del self._by_request[oldest.request_id]
+            self._forget(next(iter(self._by_decision.values())))
+
+    def measured(self, receipt: Receipt) -> None:
+        """Note that nothing more will be asked of `receipt` by ourselves: it stays if it is of the sample."""
+        # The id is random.
+        is_sampled = int(receipt.decision_id[:8], 16) < self._sample * 2**32
+        if not is_sampled and receipt.fallback is None and receipt.decision_id in self._by_decision:
+            self._forget(receipt)
 
     def get(self, key: str) -> Receipt | None:
         """Return the receipt of a decision id or a request id."""
         return self._by_decision.get(key) or self._by_decision.get(self._by_request.get(key, ""))
+
+    def _forget(self, receipt: Receipt) -> None:
+        del self._by_decision[receipt.decision_id]
+        if self._by_request.get(receipt.request_id) == receipt.decision_id:
+            del self._by_request[receipt.request_id]
 
     def latest(self, limit: int | None = None) -> Iterable[Receipt]:
         """Return up to `limit` receipts, or all, newest first."""

@@ -60,7 +60,10 @@ async def run(config: GatewayConfig) -> None:
             trust_request_chat_template=config.trust_request_chat_template,
         )
         exits.callback(reader.close)
-        rates, receipts = Rates(config.default_profile, config.profiles), Receipts(config.receipts)
+        rates, receipts = (
+            Rates(config.default_profile, config.profiles),
+            Receipts(config.receipts, sample=config.receipt_sample),
+        )
         router = KvRouter(config, index, fleet, reader, rates=rates, receipts=receipts)
         exits.push_async_callback(router.stop)
         exits.push_async_callback(fleet.stop)

@@ -41,6 +41,29 @@ def test_an_old_receipt_takes_no_newer_one_of_the_same_request_with_it():
     assert receipts.get("same").decision_id == "d3"
 
 
+def test_a_sample_stays_after_it_was_measured_and_so_does_what_load_decided():
+    receipts = Receipts(10_000, sample=0.1)
+    for number in range(2_000):
+        decision_id = f"{number * 2**53:016x}"
+        made = receipt(decision_id, f"r{number}", fallback="index_deadline" if number == 1_999 else None)
+        receipts.add(made)
+        assert receipts.get(decision_id) is made
+        receipts.measured(made)
+        receipts.measured(made)
+    kept = list(receipts.latest())
+    assert len(kept) == 206
+    assert kept[0].fallback == "index_deadline"
+    assert len(receipts._by_request) == 206
+
+
+def test_all_stay_by_default():
+    receipts = Receipts(10)
+    made = receipt("f" * 16)
+    receipts.add(made)
+    receipts.measured(made)
+    assert receipts.get("client") is made
+
+
 def test_the_view_names_every_candidate_with_its_terms():
     worker = make_worker("a:1")
     state = WorkerState(slot=4, load=Load(waiting_prefill_tokens=100), charged_tokens=20, charged_requests=1)
@@ -61,5 +84,5 @@ def test_the_view_names_every_candidate_with_its_terms():
     }
     assert (seen["worker"], seen["slot"], seen["ttft_ms"]) == ("a:1", 4, 138.0)
     assert (view["matched_tokens"], view["predicted_ttft_ms"]) == (32, 138.0)
-    assert view["served"]["ttft_ms"] == 12.5
+    assert (view["served"]["ttft_ms"], view["ttft_error_ms"]) == (12.5, -125.5)
     assert view["end"] == "complete"
