@@ -55,7 +55,8 @@ def fleet(environment: None, tmp_path_factory: pytest.TempPathFactory) -> Iterat
     adapters = tmp_path_factory.mktemp("adapters")
     for seed, name in enumerate(ADAPTERS):
         make_adapter(adapters / name, tiny_model(), seed=seed)
-    lora = ("--enable-lora", "--max-lora-rank", str(RANK), "--lora-modules")
+    tenants = ("--enable-scale-out", "--scheduling-policy", "priority")
+    lora = (*tenants, "--enable-lora", "--max-lora-rank", str(RANK), "--lora-modules")
     command = serve_command(
         str(tiny_model()), *ENGINE, *lora, *(f"{name}={adapters / name}" for name in ADAPTERS)
     )
@@ -157,7 +158,8 @@ class Gate:
     def ask(self, tenant: str, path: str, body: dict[str, object]) -> int:
         """Return the prompt tokens that the index promised."""
         bearer = {"authorization": f"Bearer {self.keys[tenant]}"}
-        body = {"max_tokens": 4, "temperature": 0, **body}
+        sampling = {"max_tokens": 4, "temperature": 0}
+        body = {**body, **({"sampling_params": sampling} if "token_ids" in body else sampling)}
         response = httpx.post(f"{self.url}{path}", json=body, headers=bearer, timeout=60)
         assert response.status_code == 200, response.text
         assert "x-kvlane-fallback" not in response.headers
@@ -169,7 +171,10 @@ def gate(fleet: LocalFleet, tmp_path_factory: pytest.TempPathFactory) -> Iterato
     """A second gateway and Envoy before the same engines, which tell two tenants apart."""
     keys = {tenant: new_key() for tenant in ("acme", "beta")}
     file = tmp_path_factory.mktemp("tenants") / "tenants.yaml"
-    lines = [f"- {{name: {name}, keys: [{{sha256: {hash_key(key)}}}]}}" for name, key in keys.items()]
+    # An engine refuses a priority unless it schedules by it.
+    lines = [
+        f"- {{name: {name}, priority: 7, keys: [{{sha256: {hash_key(key)}}}]}}" for name, key in keys.items()
+    ]
     file.write_text("\n".join(["tenants:", *lines]))
     listen, envoy_admin, gateway, admin = (free_address() for _ in range(4))
     where = ("--listen", gateway, "--admin-listen", admin, "--redis-url", fleet.redis_url)
@@ -179,7 +184,7 @@ def gate(fleet: LocalFleet, tmp_path_factory: pytest.TempPathFactory) -> Iterato
     models = {"authorization": f"Bearer {keys['acme']}"}
     eventually(lambda: answers(f"http://{admin}/ready"), timeout_s=300)
     eventually(
-        lambda: httpx.get(f"http://{listen}/v1/models", headers=models).status_code == 200, timeout_s=30
+        lambda: httpx.get(f"http://{listen}/v1/models", headers=models).status_code == 200, timeout_s=60
     )
     yield Gate(f"http://{listen}", keys)
     fleet.processes.stop("envoy-tenants", "gateway-tenants")
@@ -187,14 +192,15 @@ def gate(fleet: LocalFleet, tmp_path_factory: pytest.TempPathFactory) -> Iterato
 
 @pytest.mark.parametrize(
     ("api", "model"),
-    [("chat", NAME), ("chat", "sql"), ("text", NAME), ("tokens", NAME), ("tokens", "poetry")],
+    [("chat", NAME), ("chat", "sql"), ("text", NAME), ("tokens", "poetry"), ("generate", NAME)],
 )
 def test_tenants_share_no_match_and_no_hit_of_an_engine(fleet, gate, model, api):
     text = f"{api} with {model}. {SYSTEM}"
     path, body = {
         "chat": ("/v1/chat/completions", {"messages": [{"role": "user", "content": text}]}),
         "text": ("/v1/completions", {"prompt": text}),
-        "tokens": ("/v1/completions", {"prompt": [5 + len(model) + each for each in range(400)]}),
+        "tokens": ("/v1/completions", {"prompt": [5 + each for each in range(400)]}),
+        "generate": ("/inference/v1/generate", {"token_ids": [9 + each for each in range(400)]}),
     }[api]
     body["model"] = model
 
