@@ -124,7 +124,7 @@ class GatewayConfig(IndexConfig):
     tokenize_deadline_ms: int = Field(100, gt=0, description="Longest wait for a prompt's tokens.")
     tokenize_deadline_ms_per_mb: int = Field(1_500, ge=0, description="Added to it for each MB of body.")
     index_deadline_ms: int = Field(50, gt=0, description="Longest wait for each answer of the index.")
-    reserve_tries: int = Field(3, ge=1, description="Plans made before a worker is charged in any case.")
+    reserve_tries: int = Field(5, ge=1, description="Plans made before a worker is charged in any case.")
     reservation_ttl_ms: int = Field(
         30_000, ge=1_000, description="A reservation that nobody settles counts for this long."
     )

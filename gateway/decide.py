@@ -252,7 +252,7 @@ class KvRouter:
             return (), None
         receipt.excluded, receipt.chains = found.excluded, found.chains
         with _step(receipt, "plan"):
-            foreseen = self._reserver.foreseen(found.candidates)
+            foreseen = self._reserver.foreseen(found.candidates, found.prompts)
             choices = plan(demand, foreseen, seed=int(receipt.decision_id, 16))
             choices = prefer(choices, receipt.ttft_target_ms)
         if choices:
@@ -264,6 +264,7 @@ class KvRouter:
                     demand,
                     found.candidates,
                     choices,
+                    found.prompts,
                     ttft_target_ms=receipt.ttft_target_ms,
                 )
             receipt.replans = charged.replans

@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 import asyncio
-from collections.abc import Iterable, Sequence
-from dataclasses import dataclass
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass, field
 
 from gateway.chains import Chain, make_chain
 from gateway.fleet import Fleet
@@ -14,6 +14,7 @@ from gateway.tokens.models import ServedModel
 from gateway.tokens.request import Prompt, ReadRequest
 from kvindex.blocks import BlockHash, Pool, root_hash
 from kvindex.index import IndexReader
+from kvindex.pending import pending_blocks
 from kvindex.worker import RegisteredWorker, WorkerState
 
 
@@ -25,6 +26,8 @@ class Found:
     excluded: dict[str, str]
     chains: tuple[Chain, ...] = ()
     """The prompt that was looked up, in each pool."""
+    prompts: Mapping[Pool, Sequence[BlockHash]] = field(default_factory=dict)
+    """Hashes of its blocks, all of them."""
 
 
 def longest_prompt(read: ReadRequest) -> Prompt:
@@ -96,6 +99,7 @@ class Lookup:
             candidates=tuple(candidate for each in found for candidate in each.candidates),
             excluded={name: reason for each in found for name, reason in each.excluded.items()},
             chains=tuple(chain for each in found for chain in each.chains),
+            prompts={pool: hashes for each in found for pool, hashes in each.prompts.items()},
         )
 
     async def _find_in(
@@ -124,19 +128,28 @@ class Lookup:
         workers, excluded = allowed(
             [registered[slot] for slot in states if slot in registered], demand, self._fleet
         )
+        pending = pending_blocks(match.pending, hashes)
         candidates = tuple(
-            self._candidate(each, states[each.slot], match.overlap_blocks.get(each.slot, 0))
+            self._candidate(
+                each,
+                states[each.slot],
+                overlap_blocks=match.overlap_blocks.get(each.slot, 0),
+                pending_blocks=pending.get(each.slot, 0),
+            )
             for each in workers
         )
-        return Found(candidates, excluded, chains)
+        return Found(candidates, excluded, chains, {pool: hashes})
 
-    def _candidate(self, registered: RegisteredWorker, state: WorkerState, overlap_blocks: int) -> Candidate:
+    def _candidate(
+        self, registered: RegisteredWorker, state: WorkerState, *, overlap_blocks: int, pending_blocks: int
+    ) -> Candidate:
         worker = registered.worker
         parity = self._fleet.snapshot.parity_of(worker)
         return Candidate(
             worker=worker,
             state=state,
             overlap_blocks=overlap_blocks,
+            pending_blocks=pending_blocks,
             degraded=parity.reason if parity.ignores_overlap else None,
             profile=self._rates.profile(worker),
             # `kvlane publish` may not know the size of the cache.

@@ -60,6 +60,8 @@ class Candidate(msgspec.Struct, frozen=True, kw_only=True):
     overlap_blocks: int
     profile: Profile
     """What its steps cost, as far as is known."""
+    pending_blocks: int = 0
+    """Leading blocks that it has been asked to compute for others, who are in its queue."""
     degraded: Reason | None = None
     """Why the overlap does not count; None where it does."""
     cache_fill: float = 0.0
@@ -99,6 +101,8 @@ class Choice(msgspec.Struct, frozen=True, kw_only=True):
 
     candidate: Candidate
     cached_tokens: int
+    pending_tokens: int
+    """Tokens behind these that the worker will have computed for others by then."""
     uncached_tokens: int
     terms: Terms
 
@@ -144,6 +148,9 @@ def plan(demand: Demand, candidates: Iterable[Candidate], *, seed: int) -> tuple
 def weigh(demand: Demand, candidate: Candidate) -> Choice:
     """Return the candidate with its terms.
 
+    Blocks that are pending count as cached, since their computation counts as queue: so siblings go together
+    until the queue there costs more than computing their prefix again elsewhere.
+
     The engine computes at least the last token of a prompt, so a hit ends before the block that
     contains it.
 
@@ -151,17 +158,21 @@ def weigh(demand: Demand, candidate: Candidate) -> Choice:
     """
     block_size = candidate.worker.block_size
     usable_blocks = max(demand.num_lookup_tokens - 1, 0) // block_size
-    overlap_blocks = 0 if candidate.degraded else candidate.overlap_blocks
-    cached_tokens = min(overlap_blocks, usable_blocks) * block_size
-    uncached_tokens = demand.num_tokens - cached_tokens
+    overlap_blocks = 0 if candidate.degraded else min(candidate.overlap_blocks, usable_blocks)
+    known_blocks = 0 if candidate.degraded else min(candidate.pending_blocks, usable_blocks)
+    cached_tokens = overlap_blocks * block_size
+    pending_tokens = max(known_blocks - overlap_blocks, 0) * block_size
+    num_before = cached_tokens + pending_tokens
+    uncached_tokens = demand.num_tokens - num_before
     profile, state = candidate.profile, candidate.state
     load = state.load
-    prefill_ms = profile.prefill_ms(uncached_tokens, num_pairs(uncached_tokens, cached_tokens))
+    prefill_ms = profile.prefill_ms(uncached_tokens, num_pairs(uncached_tokens, num_before))
     step_tokens = max(1, (candidate.worker.max_num_batched_tokens or STEP_TOKENS) - load.running_requests)
     num_steps = -(-(state.backlog_tokens + uncached_tokens) // step_tokens)
     return Choice(
         candidate=candidate,
         cached_tokens=cached_tokens,
+        pending_tokens=pending_tokens,
         uncached_tokens=uncached_tokens,
         terms=Terms(
             queue_ms=profile.prefill_ms(state.backlog_tokens, load.waiting_prefill_pairs),

@@ -95,6 +95,7 @@ def _view_choice(choice: Choice) -> dict[str, Any]:
         "overlap_blocks": candidate.overlap_blocks,
         "degraded": candidate.degraded,
         "cached_tokens": choice.cached_tokens,
+        "pending_tokens": choice.pending_tokens,
         "uncached_tokens": choice.uncached_tokens,
         "backlog_tokens": state.backlog_tokens,
         "running_requests": state.load.running_requests,

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 
 import msgspec
@@ -14,10 +14,17 @@ from gateway.calls import Calls
 from gateway.config import GatewayConfig
 from gateway.plan import Candidate, Choice, Demand, plan
 from gateway.service import prefer
-from kvindex.blocks import Pool
+from kvindex.blocks import BlockHash, Pool
 from kvindex.errors import IndexUnavailable
 from kvindex.index import IndexReader
-from kvindex.worker import Reservation, WorkerState
+from kvindex.pending import Pending, Sample, pending_blocks, take_sample
+from kvindex.worker import Reservation
+
+PENDING_MS = 500
+"""How much longer than twice its prediction a prefix counts as on its way: the engine may be late, and its
+blocks take a moment into the index."""
+
+Prompts = Mapping[Pool, Sequence[BlockHash]]
 
 
 @dataclass(frozen=True, slots=True)
@@ -38,6 +45,14 @@ class Charged:
     replans: int
 
 
+@dataclass(frozen=True, slots=True, eq=False)
+class _Asked:
+    """A reservation that the index has not answered yet."""
+
+    num_tokens: int
+    sample: Sample
+
+
 class Reserver:
     """Makes and settles reservations on one event loop.
 
@@ -49,22 +64,27 @@ class Reserver:
         self._config = config
         self._index = index
         self._calls = calls
-        self._asked_tokens: dict[tuple[Pool, int], list[int]] = {}
+        self._asked: dict[tuple[Pool, int], list[_Asked]] = {}
 
-    def foreseen(self, candidates: Iterable[Candidate]) -> Iterator[Candidate]:
-        """Yield the candidates with the charges added that this gateway has asked for and not been told of.
+    def foreseen(self, candidates: Iterable[Candidate], prompts: Prompts) -> Iterator[Candidate]:
+        """Yield the candidates with what this gateway has asked to be charged and has not been told of.
 
-        Without them, requests that arrive together would all see the same idle worker.
+        Without it, requests that arrive together would all see the same idle worker, and siblings among them
+        would not see where the first of them went.
         """
         for candidate in candidates:
-            state = candidate.state
-            if asked := self._asked_tokens.get((candidate.worker.pool, state.slot)):
+            pool, state = candidate.worker.pool, candidate.state
+            if asked := self._asked.get((pool, state.slot)):
                 state = msgspec.structs.replace(
                     state,
-                    charged_tokens=state.charged_tokens + sum(asked),
+                    charged_tokens=state.charged_tokens + sum(each.num_tokens for each in asked),
                     charged_requests=state.charged_requests + len(asked),
                 )
-                yield msgspec.structs.replace(candidate, state=state)
+                pending = (Pending(state.slot, each.sample) for each in asked)
+                found = pending_blocks(pending, prompts.get(pool, ())).get(state.slot, 0)
+                yield msgspec.structs.replace(
+                    candidate, state=state, pending_blocks=max(candidate.pending_blocks, found)
+                )
             else:
                 yield candidate
 
@@ -74,6 +94,7 @@ class Reserver:
         demand: Demand,
         candidates: tuple[Candidate, ...],
         choices: tuple[Choice, ...],
+        prompts: Prompts,
         *,
         ttft_target_ms: float | None = None,
     ) -> Charged:
@@ -84,14 +105,15 @@ class Reserver:
 
         Args:
             candidates: as the index told them.
-            choices: the plan for `foreseen(candidates)`; not empty. The result's may be, if every worker
-                has gone.
+            prompts: the prompt that was looked up, in each pool.
+            choices: the plan for `foreseen(candidates, prompts)`; not empty. The result's may be, if every
+                worker has gone.
             ttft_target_ms: what the plan was ordered for.
         """
         replans = 0
         while True:
             is_last = replans + 1 >= self._config.reserve_tries
-            charge = self._reserve(decision_id, choices[0], in_any_case=is_last)
+            charge = self._reserve(decision_id, choices, prompts, in_any_case=is_last)
             try:
                 reservation = await self._calls.within(self._config.index_deadline_ms, charge.reply)
             except (TimeoutError, IndexUnavailable):
@@ -103,8 +125,8 @@ class Reserver:
                 return Charged(choices, charge, replans)
             replans += 1
             metrics.REPLANS.inc()
-            candidates = tuple(_refreshed(candidates, charge.pool, reservation.states))
-            choices = plan(demand, self.foreseen(candidates), seed=int(decision_id, 16))
+            candidates = tuple(_refreshed(candidates, charge.pool, reservation, prompts))
+            choices = plan(demand, self.foreseen(candidates, prompts), seed=int(decision_id, 16))
             choices = prefer(choices, ttft_target_ms)
             if not choices or is_last:
                 return Charged(choices, charge, replans)
@@ -113,27 +135,36 @@ class Reserver:
         """Settle in the background, once the reservation's own answer is there."""
         self._calls.start(self._settle(charge))
 
-    def _reserve(self, decision_id: str, choice: Choice, *, in_any_case: bool) -> Charge:
+    def _reserve(
+        self, decision_id: str, choices: tuple[Choice, ...], prompts: Prompts, *, in_any_case: bool
+    ) -> Charge:
+        choice = choices[0]
         pool, state = choice.candidate.worker.pool, choice.candidate.state
+        candidate = choice.candidate
+        num_held = max(candidate.overlap_blocks, candidate.pending_blocks)
+        sample = take_sample(prompts.get(pool, ()), num_held)
         call = self._index.reserve(
             pool,
             decision_id,
             state.slot,
             prefill_tokens=choice.charge_tokens,
-            seen_backlog_tokens=None if in_any_case else state.backlog_tokens,
+            seen_backlog_tokens=None if in_any_case else state.backlog_tokens + _spare_tokens(choices),
             ttl_ms=self._config.reservation_ttl_ms,
+            sample=sample,
+            pending_ms=min(self._config.reservation_ttl_ms, int(2 * choice.terms.ttft_ms) + PENDING_MS),
         )
         reply = self._calls.start(call)
-        asked = self._asked_tokens.setdefault((pool, state.slot), [])
-        asked.append(choice.charge_tokens)
-        reply.add_done_callback(lambda _: self._told((pool, state.slot), choice.charge_tokens))
+        asked = _Asked(choice.charge_tokens, sample)
+        place = (pool, state.slot)
+        self._asked.setdefault(place, []).append(asked)
+        reply.add_done_callback(lambda _: self._told(place, asked))
         return Charge(decision_id, pool, reply)
 
-    def _told(self, place: tuple[Pool, int], num_tokens: int) -> None:
-        asked = self._asked_tokens[place]
-        asked.remove(num_tokens)
+    def _told(self, place: tuple[Pool, int], told: _Asked) -> None:
+        asked = self._asked[place]
+        asked[:] = [each for each in asked if each is not told]
         if not asked:
-            del self._asked_tokens[place]
+            del self._asked[place]
 
     async def _settle(self, charge: Charge) -> None:
         # After a failure, too: then it is unknown whether the charge was made.
@@ -145,13 +176,23 @@ class Reserver:
             metrics.SETTLE_FAILURES.inc()
 
 
+def _spare_tokens(choices: tuple[Choice, ...]) -> int:
+    """Return by how much the best worker's backlog may grow before the next best is better."""
+    if len(choices) < 2:
+        return 0
+    best, following = choices[:2]
+    spare_ms = max(0.0, following.terms.cost_ms - best.terms.cost_ms)
+    return int(spare_ms * best.candidate.profile.prefill_tokens_per_s / 1000)
+
+
 def _refreshed(
-    candidates: Iterable[Candidate], pool: Pool, states: Iterable[WorkerState]
+    candidates: Iterable[Candidate], pool: Pool, reservation: Reservation, prompts: Prompts
 ) -> Iterator[Candidate]:
-    """Yield the candidates with the new states of `pool`; those that are not in them have died."""
-    fresh = {state.slot: state for state in states}
+    """Yield the candidates with what a refused `reservation` tells of `pool`; those not in it have died."""
+    fresh = {state.slot: state for state in reservation.states}
+    pending = pending_blocks(reservation.pending, prompts.get(pool, ()))
     for candidate in candidates:
         if candidate.worker.pool != pool:
             yield candidate
         elif state := fresh.get(candidate.state.slot):
-            yield msgspec.structs.replace(candidate, state=state)
+            yield msgspec.structs.replace(candidate, state=state, pending_blocks=pending.get(state.slot, 0))

@@ -11,6 +11,7 @@ from typing import Protocol
 
 from kvindex.blocks import BlockHash, Pool
 from kvindex.history import Opening, PoolEvent, Removal
+from kvindex.pending import Sample
 from kvindex.worker import (
     Batch,
     Entries,
@@ -31,6 +32,8 @@ MAX_BATCH = 128
 
 
 FIRST_OPENING = Opening()
+
+NOTHING_NEW = Sample((), ())
 
 
 class IndexWriter(Protocol):
@@ -138,8 +141,14 @@ class IndexReader(Protocol):
         prefill_tokens: int,
         seen_backlog_tokens: int | None,
         ttl_ms: int,
+        sample: Sample = NOTHING_NEW,
+        pending_ms: int = 0,
     ) -> Reservation:
         """Charge `slot` with `prefill_tokens` and one request until settled or `ttl_ms` have passed.
+
+        Beside it `sample` is pending there for `pending_ms`, at most `ttl_ms`, unless `settle` ends that
+        before: an engine that has accepted the request has not computed it yet. A pool keeps `MOST_PENDING`
+        of them.
 
         Nothing is charged, and the fresh states are returned, if the slot's backlog has grown past
         `seen_backlog_tokens` (None: charge in any case) or the slot is no longer live.

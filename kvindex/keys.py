@@ -14,6 +14,7 @@ the directory as KEYS[1] and append the suffixes below, which `lua_names` hands 
 | kvlane:{pool}:ids        | hash | worker id -> its slot                           | slot fenced       |
 | kvlane:{pool}:res        | hash | decision id -> reservation (`RESERVATION`)      | settled, expired  |
 | kvlane:{pool}:exp        | zset | decision ids by expiry                          | settled, expired  |
+| kvlane:{pool}:pend       | hash | decision id -> what was sent to be computed     | computed, settled |
 | kvlane:{pool}:r:<slot>   | zset | the slot's decision ids by creation             | settled or fenced |
 | kvlane:{pool}:log        | strm | what happened to slots, the latest `LOG_EVENTS` | a day after all   |
 | kvlane:{pool}:gone       | strm | batches of evicted blocks, `LOG_REMOVALS`       | workers have left |
@@ -30,6 +31,7 @@ import struct
 from collections.abc import Iterable
 
 from kvindex.blocks import Pool
+from kvindex.pending import MOST_PENDING
 
 POOLS = "kvlane:pools"
 GATEWAYS = "kvlane:gateways"
@@ -56,6 +58,7 @@ _SUFFIXES = {
     "RESERVATIONS": ":res",
     "EXPIRY": ":exp",
     "TAKEN": ":r:",
+    "PENDING": ":pend",
     "LOG": ":log",
     "REMOVALS": ":gone",
 }
@@ -72,6 +75,12 @@ a former owner of the slot from one made against the present owner.
 
 RESERVATION = struct.Struct("<HII")
 """slot, epoch, prefill tokens."""
+
+PENDING_HEAD = struct.Struct("<HIdB")
+"""slot, epoch, expiry (ms), number of samples that follow."""
+
+PENDING_SAMPLE = struct.Struct("<IQ")
+"""depth in blocks, hash."""
 
 FLEET_HEAD = struct.Struct("<dI")
 """time (ms), registry version; begins every answer about the fleet."""
@@ -113,7 +122,7 @@ def fixed_keys(pool: Pool, slots: Iterable[int]) -> dict[str, list[str]]:
     return {
         **{name: [key] for name, key in one.items()},
         "slots": [f"{base}{_SUFFIXES['SLOT']}{slot}" for slot in slots],
-        "reservations": [base + _SUFFIXES["RESERVATIONS"], base + _SUFFIXES["EXPIRY"]],
+        "reservations": [base + _SUFFIXES[name] for name in ("RESERVATIONS", "EXPIRY", "PENDING")],
         "reservations by slot": [f"{base}{_SUFFIXES['TAKEN']}{slot}" for slot in slots],
         **{name: [key] for name, key in two.items()},
     }
@@ -125,6 +134,7 @@ def lua_names() -> str:
     lines += [f"local {name} = DIRECTORY .. '{suffix}'" for name, suffix in _SUFFIXES.items()]
     numbers = {
         "ABANDONED_AFTER_LEASES": ABANDONED_AFTER_LEASES,
+        "MOST_PENDING": MOST_PENDING,
         "LOG_EVENTS": LOG_EVENTS,
         "LOG_REMOVALS": LOG_REMOVALS,
         "LOG_LEFT_S": LOG_LEFT_S,

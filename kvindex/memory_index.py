@@ -17,8 +17,9 @@ from typing import TypeVar
 from kvindex.blocks import BlockHash, Pool
 from kvindex.errors import SlotLost, WorkerConflict
 from kvindex.history import EventKind, Opening, PoolEvent, Removal
-from kvindex.index import FIRST_OPENING
+from kvindex.index import FIRST_OPENING, NOTHING_NEW
 from kvindex.keys import ABANDONED_AFTER_LEASES, LOG_EVENTS, LOG_REMOVALS
+from kvindex.pending import MOST_PENDING, Pending, Sample
 from kvindex.worker import (
     Batch,
     Entries,
@@ -64,6 +65,13 @@ class _Charge:
     expires_ms: float
 
 
+@dataclass(frozen=True)
+class _Pending:
+    slot: _Slot
+    sample: Sample
+    expires_ms: float
+
+
 _Event = TypeVar("_Event", PoolEvent, Removal)
 
 
@@ -73,9 +81,16 @@ class _Pool:
     slots: dict[int, _Slot] = field(default_factory=dict)
     dead: list[int] = field(default_factory=list)
     charges: dict[str, _Charge] = field(default_factory=dict)
+    pending: dict[str, _Pending] = field(default_factory=dict)
     events: deque[PoolEvent] = field(default_factory=lambda: deque(maxlen=LOG_EVENTS))
     removals: deque[Removal] = field(default_factory=lambda: deque(maxlen=LOG_REMOVALS))
     num_events: int = 0
+
+    def keep_pending(self, decision_id: str, pending: _Pending, now_ms: float) -> None:
+        if len(self.pending) >= MOST_PENDING:
+            self.pending = {key: each for key, each in self.pending.items() if each.expires_ms > now_ms}
+        if len(self.pending) < MOST_PENDING:
+            self.pending[decision_id] = pending
 
     def next_id(self, now_ms: float) -> str:
         self.num_events += 1
@@ -144,6 +159,17 @@ class MemoryIndex:
                 )
             )
         return tuple(states)
+
+    def pending(self, pool: Pool) -> tuple[Pending, ...]:
+        """Return what live workers have been asked to compute."""
+        state, now_ms = self.pool(pool), self.now_ms()
+        return tuple(
+            Pending(each.slot.number, each.sample)
+            for each in state.pending.values()
+            if each.expires_ms > now_ms
+            and each.slot.expires_ms > now_ms
+            and state.slots.get(each.slot.number) is each.slot
+        )
 
     def registry_version(self, pool: Pool) -> int:
         """Return a number that differs whenever the set of live workers does."""
@@ -293,6 +319,7 @@ class MemoryIndexReader:
             overlap_blocks=overlap_blocks,
             stride=1,
             registry_version=self._index.registry_version(pool),
+            pending=self._index.pending(pool),
         )
 
     async def reserve(
@@ -304,21 +331,27 @@ class MemoryIndexReader:
         prefill_tokens: int,
         seen_backlog_tokens: int | None,
         ttl_ms: int,
+        sample: Sample = NOTHING_NEW,
+        pending_ms: int = 0,
     ) -> Reservation:
         """See `IndexReader`."""
-        charges = self._index.pool(pool).charges
+        state_of = self._index.pool(pool)
+        charges, now_ms = state_of.charges, self._index.now_ms()
         charges.pop(decision_id, None)
+        state_of.pending.pop(decision_id, None)
         states = self._index.states(pool)
         state = next((state for state in states if state.slot == slot), None)
         if state is None or (seen_backlog_tokens is not None and state.backlog_tokens > seen_backlog_tokens):
-            return Reservation(charged=False, states=states)
-        now_ms = self._index.now_ms()
+            return Reservation(charged=False, states=states, pending=self._index.pending(pool))
         target = self._index.pool(pool).slots[slot]
         charges[decision_id] = _Charge(target, prefill_tokens, now_ms, now_ms + ttl_ms)
+        if sample.depths:
+            state_of.keep_pending(decision_id, _Pending(target, sample, now_ms + pending_ms), now_ms)
         return Reservation(charged=True)
 
     async def settle(self, pool: Pool, decision_id: str) -> bool:
         """See `IndexReader`."""
+        self._index.pool(pool).pending.pop(decision_id, None)
         charge = self._index.pool(pool).charges.pop(decision_id, None)
         return charge is not None and charge.expires_ms > self._index.now_ms()
 

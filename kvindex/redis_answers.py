@@ -12,7 +12,8 @@ import msgspec
 
 from kvindex.blocks import HASH_BYTES
 from kvindex.errors import SlotLost
-from kvindex.keys import FLEET_HEAD, LIVE_ROW, RESERVATION, SLOT, STEP
+from kvindex.keys import FLEET_HEAD, LIVE_ROW, PENDING_HEAD, PENDING_SAMPLE, RESERVATION, SLOT, STEP
+from kvindex.pending import Pending, Sample
 from kvindex.worker import Load, SlotState, WorkerState
 
 
@@ -78,6 +79,19 @@ class Fleet:
         # The counter tells of slots opened and fenced; a lease that ends is no write, so it is added here.
         self.version = hash((self.counter, *lapsed))
 
+    def pending(self, packed: bytes) -> tuple[Pending, ...]:
+        """Return what the live workers of this answer have been asked to compute."""
+        found = []
+        at = 0
+        while at < len(packed):
+            slot, epoch, expires_ms, num_samples = PENDING_HEAD.unpack_from(packed, at)
+            first = at + PENDING_HEAD.size
+            at = first + num_samples * PENDING_SAMPLE.size
+            row = self.rows.get(slot)
+            if row is not None and row.epoch == epoch and expires_ms > self.now_ms:
+                found.append(Pending(slot, _read_sample(packed[first:at])))
+        return tuple(found)
+
     def _discharge(self, slot: int, tokens: int) -> None:
         row = self.rows[slot]
         state = msgspec.structs.replace(
@@ -86,6 +100,18 @@ class Fleet:
             charged_requests=row.state.charged_requests - 1,
         )
         self.rows[slot] = row._replace(state=state)
+
+
+def pack_sample(sample: Sample) -> bytes:
+    """Return what `reserve` takes."""
+    return b"".join(map(PENDING_SAMPLE.pack, sample.depths, sample.hashes))
+
+
+@functools.lru_cache(maxsize=1024)
+def _read_sample(packed: bytes) -> Sample:
+    """Every answer tells of the same ones while they last."""
+    depths, hashes = zip(*PENDING_SAMPLE.iter_unpack(packed), strict=True)
+    return Sample(depths, hashes)
 
 
 def read_overlaps(packed: bytes) -> Iterator[tuple[int, int]]:

@@ -21,7 +21,7 @@ from kvindex.blocks import BlockHash, Pool, pack_hashes, unpack_hashes
 from kvindex.config import IndexConfig
 from kvindex.errors import SlotLost, WorkerConflict
 from kvindex.history import EventKind, Opening, PoolEvent, Removal
-from kvindex.index import FIRST_OPENING, MAX_PROBES
+from kvindex.index import FIRST_OPENING, MAX_PROBES, NOTHING_NEW
 from kvindex.keys import (
     LOAD,
     POOLS,
@@ -31,8 +31,10 @@ from kvindex.keys import (
     lua_names,
     removals_key,
 )
+from kvindex.pending import Sample
 from kvindex.redis_answers import (
     Fleet,
+    pack_sample,
     read_digest,
     read_overlaps,
     read_set,
@@ -251,7 +253,7 @@ class RedisIndexReader:
         probes = list(hashes[stride - 1 :: stride])
         if len(hashes) % stride:
             probes.append(hashes[-1])
-        steps, *packed = await self._run("match", pool, pack_hashes(probes))
+        steps, pending, *packed = await self._run("match", pool, pack_hashes(probes))
         fleet = Fleet(*packed)
         return Match(
             states=fleet.states,
@@ -262,6 +264,7 @@ class RedisIndexReader:
             },
             stride=stride,
             registry_version=fleet.version,
+            pending=fleet.pending(pending),
         )
 
     async def reserve(
@@ -273,13 +276,18 @@ class RedisIndexReader:
         prefill_tokens: int,
         seen_backlog_tokens: int | None,
         ttl_ms: int,
+        sample: Sample = NOTHING_NEW,
+        pending_ms: int = 0,
     ) -> Reservation:
         """See `IndexReader`. A decision has one reservation: a second call replaces the first."""
         seen_tokens = -1 if seen_backlog_tokens is None else seen_backlog_tokens
-        reply = await self._run("reserve", pool, decision_id, slot, prefill_tokens, seen_tokens, ttl_ms)
+        load = (slot, prefill_tokens, seen_tokens, ttl_ms)
+        reply = await self._run("reserve", pool, decision_id, *load, pack_sample(sample), pending_ms)
         if isinstance(reply, int):
             return Reservation(charged=True)
-        return Reservation(charged=False, states=Fleet(*reply).states)
+        pending, *packed = reply
+        fleet = Fleet(*packed)
+        return Reservation(charged=False, states=fleet.states, pending=fleet.pending(pending))
 
     async def settle(self, pool: Pool, decision_id: str) -> bool:
         """See `IndexReader`."""
@@ -303,7 +311,7 @@ class RedisIndexReader:
     async def entries(self, pool: Pool, *, first_bucket: int = 0, max_buckets: int = 64) -> Entries:
         """See `IndexReader`. A bucket has about 64 entries and is read by one of Redis's own commands."""
         stop = first_bucket + max_buckets
-        _, *packed = await self._run("match", pool, b"")
+        _, _, *packed = await self._run("match", pool, b"")
         fleet = Fleet(*packed)
         # In ascending order, and then their number: what a split moves meanwhile is seen twice, not missed.
         keys = [bucket_key(pool, bucket) for bucket in range(first_bucket, stop)]

@@ -202,6 +202,7 @@ class _Link(asyncio.Protocol):
         as_error = connection._parser.parse_error
         self._answers = hiredis.Reader(protocolError=RedisConnectionError, replyError=as_error)
         self._transport = cast("asyncio.StreamWriter", connection._writer).transport
+        self._streams = self._transport.get_protocol()
         self._transport.set_protocol(self)
         self.is_open = True
         self._given_back: asyncio.Task[None] | None = None
@@ -233,7 +234,8 @@ class _Link(asyncio.Protocol):
             self._break(error)
 
     def connection_lost(self, exc: Exception | None) -> None:
-        """Tell the calls that wait."""
+        """Tell the calls that wait, and the streams of redis-py, which waits for their end."""
+        self._streams.connection_lost(exc)
         self._break(RedisConnectionError(f"the connection was closed: {exc or 'by Redis'}"))
 
     def _hand_out(self, reply: Any) -> None:  # noqa: ANN401 (a reply of Redis)

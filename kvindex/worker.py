@@ -8,6 +8,7 @@ import secrets
 import msgspec
 
 from kvindex.blocks import BlockHash, Pool
+from kvindex.pending import Pending
 
 
 class Tier(enum.StrEnum):
@@ -118,6 +119,8 @@ class Match(msgspec.Struct, frozen=True, kw_only=True):
     above it only at the end of a later run: the probed block is held, the next probe is not."""
     registry_version: int
     """Changes whenever a worker joins, leaves or is replaced."""
+    pending: tuple[Pending, ...] = ()
+    """What live workers have been asked to compute, in no order."""
 
 
 class Reservation(msgspec.Struct, frozen=True, kw_only=True):
@@ -125,6 +128,7 @@ class Reservation(msgspec.Struct, frozen=True, kw_only=True):
 
     charged: bool
     states: tuple[WorkerState, ...] = ()
+    pending: tuple[Pending, ...] = ()
 
 
 class RegisteredWorker(msgspec.Struct, frozen=True, kw_only=True):

@@ -57,6 +57,18 @@ def tenants(scale: Scale = 1.0, json_file: JsonFile = None) -> None:
     _report("Tenants", run(scale=scale), json_file)
 
 
+@app.command()
+def replay(
+    trace: Annotated[Path, typer.Option(metavar="FILE", help="Mooncake JSON lines: docs/replay.md.")],
+    scale: Scale = 1.0,
+    json_file: JsonFile = None,
+) -> None:
+    """Simulate a fleet under a trace: our routing beside that of others."""
+    from gateway.bench.replay import run
+
+    _report("Replay", run(trace, scale=scale, console=Console(stderr=True)), json_file)
+
+
 for _entry in sorted(entry_points(group="kvlane.bench"), key=lambda entry: entry.name):
     app.command(_entry.name)(_entry.load())
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import math
 from collections import OrderedDict
 from collections.abc import Sequence
@@ -14,16 +15,19 @@ from gateway.replay.trace import Trace
 def pooled_hits(trace: Trace, num_blocks: float) -> list[int]:
     """Return each request's cached tokens if the fleet had one cache of `num_blocks`, LRU.
 
-    Placement can only divide this cache and hold things twice. Blocks of running requests and of answers take
-    no room here, as they do in a fleet.
+    Placement can only divide this cache and hold things twice. Answers take room in it, as in a fleet; that
+    blocks of running requests cannot be evicted is left out.
     """
     cache: OrderedDict[int, None] = OrderedDict()
+    answers = itertools.count(-1, -1)
     hits = []
     for request in trace.requests:
         usable = request.blocks[: (request.num_tokens - 1) // trace.block_size]
         num_cached = next((depth for depth, block in enumerate(usable) if block not in cache), len(usable))
         hits.append(num_cached * trace.block_size)
-        for block in reversed(request.blocks):
+        num_tokens = request.num_tokens + request.num_output_tokens
+        num_answer_blocks = num_tokens // trace.block_size - len(request.blocks) if request.blocks else 0
+        for block in (*itertools.islice(answers, num_answer_blocks), *reversed(request.blocks)):
             cache[block] = None
             cache.move_to_end(block)
         while len(cache) > num_blocks:

@@ -10,9 +10,10 @@ from gateway.plan import Candidate, Choice, Demand, plan
 from gateway.rates import Rates
 from gateway.replay.engine import Job
 from gateway.replay.simulation import FleetSpec
-from gateway.reserve import Charge, Reserver
+from gateway.reserve import Charge, Prompts, Reserver
 from kvindex.blocks import BlockHash
 from kvindex.memory_index import MemoryIndex, MemoryIndexReader, MemoryIndexWriter
+from kvindex.pending import pending_blocks
 from kvindex.worker import Batch, Load, Worker
 
 FOREVER_MS = 1 << 62
@@ -65,7 +66,7 @@ class Kvlane:
         config = load_config(index_deadline_ms=FOREVER_MS // 1_000_000)
         self._reserver = Reserver(config, index.reader, Calls())
         self._rates = Rates(fleet.engine.profile)
-        self._candidates: dict[int, tuple[Demand, tuple[Candidate, ...]]] = {}
+        self._found: dict[int, tuple[Demand, tuple[Candidate, ...], Prompts]] = {}
         self._sent: dict[int, tuple[Choice, Charge]] = {}
 
     async def look(self, job: Job, now_ms: float) -> None:
@@ -74,24 +75,27 @@ class Kvlane:
         job.decision_id = f"{(job.number + 1) * 0x9E3779B97F4A7C15 + self._seed & (1 << 64) - 1:016x}"
         request = job.request
         demand = Demand(num_tokens=request.num_tokens, num_lookup_tokens=request.num_tokens, model=None)
-        match = await self._index.reader.match(self._index.pool, [BlockHash(each) for each in request.blocks])
+        hashes = [BlockHash(each) for each in request.blocks]
+        match = await self._index.reader.match(self._index.pool, hashes)
+        pending = pending_blocks(match.pending, hashes)
         candidates = tuple(
             Candidate(
                 worker=self._index.workers[state.slot],
                 state=state,
                 overlap_blocks=match.overlap_blocks.get(state.slot, 0),
+                pending_blocks=pending.get(state.slot, 0),
                 profile=self._rates.profile(self._index.workers[state.slot]),
             )
             for state in match.states
         )
-        self._candidates[job.number] = demand, candidates
+        self._found[job.number] = demand, candidates, {self._index.pool: hashes}
 
     async def choose(self, job: Job, now_ms: float) -> int:
         """See `Policy`: plan and reserve."""
         self._index.at(now_ms)
-        demand, candidates = self._candidates.pop(job.number)
-        choices = plan(demand, self._reserver.foreseen(candidates), seed=int(job.decision_id, 16))
-        charged = await self._reserver.charge(job.decision_id, demand, candidates, choices)
+        demand, candidates, prompts = self._found.pop(job.number)
+        choices = plan(demand, self._reserver.foreseen(candidates, prompts), seed=int(job.decision_id, 16))
+        charged = await self._reserver.charge(job.decision_id, demand, candidates, choices, prompts)
         choice = charged.choices[0]
         self._sent[job.number] = choice, charged.charge
         return choice.candidate.state.slot

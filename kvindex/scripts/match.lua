@@ -7,7 +7,7 @@
 -- KEYS[1]  directory of the pool
 -- ARGV     hashes to probe, 8 bytes each, in prompt order
 -- Returns  {the holders of every probe before a change and of the last probe, ascending (STEP of keys.py,
---          then the set); what `fleet` returns}
+--          then the set); what `pending` returns; what `fleet` returns}
 
 local probes = ARGV[1]
 local num_probes = #probes / 8
@@ -46,4 +46,4 @@ if num_probes > 0 then
   end
   report(num_probes, last)
 end
-return {table.concat(steps), fleet(now_ms())}
+return {table.concat(steps), pending(), fleet(now_ms())}

@@ -188,7 +188,7 @@ local function fence(slot, kind, detail)
   local members = without(read_set('members'), set_of(slot))
   write_set('members', members)
   if #to_slots(members) == 0 then
-    redis.call('DEL', LIVE)
+    redis.call('DEL', LIVE, PENDING)
   end
   write_set('dead', union(read_set('dead'), set_of(slot)))
   redis.call('HINCRBY', DIRECTORY, 'version', 1)
@@ -222,7 +222,14 @@ end
 local function purge(now)
   for _, id in ipairs(redis.call('ZRANGEBYSCORE', EXPIRY, '-inf', now, 'LIMIT', 0, PURGED_PER_CALL)) do
     settle(id)
+    redis.call('HDEL', PENDING, id)
   end
+end
+
+-- What was sent to be computed and is not known to be: PENDING_HEAD of keys.py and its samples, one after
+-- the other, expired ones included.
+local function pending()
+  return table.concat(redis.call('HVALS', PENDING))
 end
 
 -- What every answer about the fleet ends with: time and registry version, the rows of all slots, and

@@ -9,12 +9,13 @@ from dataclasses import dataclass
 
 import pytest
 
-from kvindex.blocks import Pool
+from kvindex.blocks import BlockHash, Pool
 from kvindex.config import IndexConfig
 from kvindex.errors import SlotLost, WorkerConflict
 from kvindex.history import EventKind, Opening
 from kvindex.index import MAX_BATCH, IndexReader, IndexWriter
 from kvindex.memory_index import MemoryIndex, MemoryIndexReader, MemoryIndexWriter
+from kvindex.pending import MOST_PENDING, Pending, Sample
 from kvindex.redis_index import RedisIndexReader, RedisIndexWriter
 from kvindex.worker import Batch, Load, Reservation, SlotState, Worker
 
@@ -611,6 +612,50 @@ async def test_nothing_is_charged_when_the_backlog_has_grown(index):
     assert [(s.slot, s.backlog_tokens) for s in refused.states] == [(slot, 400), (other, 0)]
     assert (await index.reserve("b", slot, 100, seen_backlog_tokens=400)).charged
     assert (await index.reserve("c", slot, 100, seen_backlog_tokens=None)).charged
+
+
+SAMPLE = Sample((1, 4), (BlockHash(11), BlockHash(2**64 - 1)))
+
+
+async def pending(index) -> tuple[Pending, ...]:
+    return (await index.reader.match(POOL, [])).pending
+
+
+async def test_what_is_to_be_computed_is_told_until_it_is_settled(index):
+    slot, other = index.open(0), index.open(1)
+    await index.reserve("a", slot, 100, sample=SAMPLE, pending_ms=LONG_MS)
+    await index.reserve("b", other, 100)
+    assert await pending(index) == (Pending(slot, SAMPLE),)
+    refused = await index.reserve("c", slot, 100, seen_backlog_tokens=0, sample=SAMPLE, pending_ms=LONG_MS)
+    assert refused.pending == (Pending(slot, SAMPLE),)
+    # An engine that has accepted the request has not computed it.
+    index.writer.heartbeat(POOL, slot, "one", BUSY, lease_ms=LONG_MS, accepted=["a"])
+    assert await index.charged(slot) == (0, 0)
+    assert await pending(index) == (Pending(slot, SAMPLE),)
+    await index.reader.settle(POOL, "a")
+    assert await pending(index) == ()
+
+
+async def test_what_is_to_be_computed_goes_with_its_time_its_decision_and_its_worker(index):
+    slot, other = index.open(0), index.open(1)
+    await index.reserve("short", slot, 1, sample=SAMPLE, pending_ms=100)
+    await index.reserve("moves", slot, 1, sample=SAMPLE, pending_ms=LONG_MS)
+    await index.reserve("moves", other, 1, sample=SAMPLE, pending_ms=LONG_MS)
+    await index.elapse(100)
+    assert await pending(index) == (Pending(other, SAMPLE),)
+    index.writer.close_slot(POOL, other, "one")
+    assert await pending(index) == ()
+
+
+async def test_pending_prefixes_are_bounded_and_their_requests_are_charged_all_the_same(index):
+    slot = index.open()
+    for number in range(MOST_PENDING + 3):
+        await index.reserve(f"d{number}", slot, 1, sample=SAMPLE, pending_ms=100)
+    assert len(await pending(index)) <= MOST_PENDING
+    assert await index.charged(slot) == (MOST_PENDING + 3, MOST_PENDING + 3)
+    await index.elapse(100)
+    await index.reserve("next", slot, 1, sample=SAMPLE, pending_ms=LONG_MS)
+    assert await pending(index) == (Pending(slot, SAMPLE),)
 
 
 async def test_a_dead_slot_cannot_be_charged(index):
