@@ -8,7 +8,6 @@ from pathlib import Path
 
 from rich.console import Console
 
-from gateway.bench.report import Figure
 from gateway.errors import BenchFailed
 from gateway.replay.bounds import hit_rate, pooled_hits
 from gateway.replay.fleets import read_engine
@@ -18,6 +17,7 @@ from gateway.replay.run import Summary, Timed, play_timed
 from gateway.replay.simulation import FleetSpec
 from gateway.replay.trace import Trace
 from gateway.replay.variations import VARIATIONS
+from kvindex.figures import Figure
 
 NUM_WORKERS = 8
 TTFT_TARGET_MS = 2_000.0
