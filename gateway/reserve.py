@@ -177,12 +177,17 @@ class Reserver:
 
 
 def _spare_tokens(choices: tuple[Choice, ...]) -> int:
-    """Return by how much the best worker's backlog may grow before the next best is better."""
+    """Return by how much the best worker's backlog may grow and the plan still stands.
+
+    That is until it would be behind the next best with this request. Where both are alike nothing is spare,
+    so that gateways take turns.
+    """
     if len(choices) < 2:
         return 0
     best, following = choices[:2]
-    spare_ms = max(0.0, following.terms.cost_ms - best.terms.cost_ms)
-    return int(spare_ms * best.candidate.profile.prefill_tokens_per_s / 1000)
+    spare_ms = following.terms.cost_ms - best.terms.cost_ms
+    spare_tokens = int(spare_ms * best.candidate.profile.prefill_tokens_per_s / 1000)
+    return max(0, spare_tokens - best.charge_tokens)
 
 
 def _refreshed(

@@ -707,8 +707,10 @@ async def test_a_target_holds_when_the_plan_is_made_again(make):
     bench.index.release.clear()
     deciding = asyncio.create_task(bench.decide(headers={"x-kvlane-ttft-target-ms": "5000"}))
     await bench.index.charging.wait()
-    # Another gateway charges the holder meanwhile; it still meets the target.
-    assert (await other.decide()).destinations[0] == "holder:1"
+    # Another gateway charges the holder meanwhile, more than its lead; it still meets the target.
+    for _ in range(60):
+        rival = await other.decide(headers={"x-kvlane-ttft-target-ms": "5000"})
+        assert rival.destinations[0] == "holder:1"
     bench.index.release.set()
     decision = await deciding
     assert bench.receipt(decision).replans == 1
