@@ -71,7 +71,10 @@ def interleave(
 
 
 def saturate(address: str, bodies: list[bytes], *, num_clients: int, duration_s: float) -> int:
-    """Send as many requests as `num_clients` connections can in `duration_s`; return how many."""
+    """Send as many requests as `num_clients` connections can in `duration_s`; return how many.
+
+    Each body is sent once, before any is sent again.
+    """
     counts = [0] * num_clients
     failures: list[Exception] = []
     end = time.monotonic() + duration_s
@@ -80,7 +83,7 @@ def saturate(address: str, bodies: list[bytes], *, num_clients: int, duration_s:
         try:
             with closing(Client(address)) as client:
                 while time.monotonic() < end:
-                    client.post(bodies[(number + counts[number]) % len(bodies)])
+                    client.post(bodies[(number + counts[number] * num_clients) % len(bodies)])
                     counts[number] += 1
         except (OSError, http.client.HTTPException, BenchFailed) as error:
             failures.append(error)
@@ -95,7 +98,7 @@ def saturate(address: str, bodies: list[bytes], *, num_clients: int, duration_s:
     return sum(counts)
 
 
-def cpu_s(pid: int) -> float:
-    """Return the CPU seconds that a process has used so far, all threads, user and system."""
-    fields = Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()
-    return (int(fields[11]) + int(fields[12])) / os.sysconf("SC_CLK_TCK")
+def cpu_s(pids: Iterable[int]) -> float:
+    """Return the CPU seconds that processes have used so far, all threads, user and system."""
+    stats = (Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split() for pid in pids)
+    return sum(int(fields[11]) + int(fields[12]) for fields in stats) / os.sysconf("SC_CLK_TCK")

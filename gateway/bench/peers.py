@@ -17,8 +17,16 @@ import msgspec
 import uvloop
 
 from gateway.protos import ext_proc_pb2 as wire
+from gateway.readiness import Readiness
 
 MAX_MESSAGE_BYTES = 32 << 20
+RELEASE_PATH = "/bench/release"
+
+_FIRST_EVENT = (
+    b"HTTP/1.1 200 OK\r\ncontent-type: text/event-stream\r\ntransfer-encoding: chunked\r\n\r\n"
+    b"a\r\ndata: {}\n\n\r\n"
+)
+_LAST_EVENT = b"e\r\ndata: [DONE]\n\n\r\n0\r\n\r\n"
 
 _CONTENT_LENGTH = re.compile(rb"content-length: *(\d+)", re.IGNORECASE)
 
@@ -36,7 +44,10 @@ def peer(serve: Callable[..., None], *arguments: object) -> Iterator[int]:
 
 
 def serve_engines(ports: Sequence[int], model: str, root: str, max_model_len: int) -> None:
-    """Answer every request on every port at once: the list of models, or a short chat answer."""
+    """Answer every request on every port at once: the list of models, or a short chat answer.
+
+    A chat that streams gets its first event, and its last when somebody asks for `RELEASE_PATH`.
+    """
     card = {"id": model, "object": "model", "root": root, "parent": None, "max_model_len": max_model_len}
     models = _http_answer({"object": "list", "data": [card]})
     message = {"role": "assistant", "content": "Yes."}
@@ -45,8 +56,9 @@ def serve_engines(ports: Sequence[int], model: str, root: str, max_model_len: in
 
     async def run() -> None:
         loop = asyncio.get_running_loop()
+        held: list[asyncio.Transport] = []
         for port in ports:
-            await loop.create_server(lambda: _Engine(models, chat), "127.0.0.1", port)
+            await loop.create_server(lambda: _Engine(models, chat, held), "127.0.0.1", port)
         await asyncio.Event().wait()
 
     uvloop.run(run())
@@ -61,9 +73,10 @@ def _http_answer(content: object) -> bytes:
 class _Engine(asyncio.Protocol):
     """HTTP/1.1 with Content-Length, as Envoy sends what it has buffered."""
 
-    def __init__(self, models: bytes, chat: bytes) -> None:
+    def __init__(self, models: bytes, chat: bytes, held: list[asyncio.Transport]) -> None:
         self._models = models
         self._chat = chat
+        self._held = held
         self._received = bytearray()
         self._end: int | None = None
 
@@ -81,9 +94,23 @@ class _Engine(asyncio.Protocol):
                 self._end = head_end + 4 + (int(length[1]) if length else 0)
             if len(self._received) < self._end:
                 return
-            self._transport.write(self._models if self._received.startswith(b"GET") else self._chat)
+            self._answer(bytes(self._received[: self._end]))
             del self._received[: self._end]
             self._end = None
+
+    def _answer(self, request: bytes) -> None:
+        if request.startswith(f"GET {RELEASE_PATH}".encode()):
+            for transport in self._held:
+                transport.write(_LAST_EVENT)
+            self._held.clear()
+            self._transport.write(self._models)
+        elif request.startswith(b"GET"):
+            self._transport.write(self._models)
+        elif b'"stream":true' in request:
+            self._transport.write(_FIRST_EVENT)
+            self._held.append(self._transport)
+        else:
+            self._transport.write(self._chat)
 
 
 def serve_trivial_ext_proc(address: str) -> None:
@@ -112,8 +139,11 @@ def serve_trivial_ext_proc(address: str) -> None:
         server.add_generic_rpc_handlers(
             (grpc.method_handlers_generic_handler(service, {"Process": handler}),)
         )
+        readiness = Readiness()
+        await readiness.serve(server)
         server.add_insecure_port(address)
         await server.start()
+        await readiness.open()
         await server.wait_for_termination()
 
     uvloop.run(run())

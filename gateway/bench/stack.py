@@ -1,10 +1,10 @@
-"""What `kvlane bench extproc` measures on: three Envoys, kvlane, Redis, and engines that answer at once."""
+"""What `kvlane bench extproc` measures on: four Envoys, kvlane, Redis, and engines that answer at once."""
 
 from __future__ import annotations
 
 import tempfile
 import time
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import ExitStack, closing, contextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -29,7 +29,7 @@ NUM_WORKERS = 8
 LEASE_MS = 3_600_000
 START_TIMEOUT_S = 60.0
 
-PLAIN, TRIVIAL, KVLANE = "plain", "trivial", "kvlane"
+PLAIN, TRIVIAL, KVLANE, TWO = "plain", "trivial", "kvlane", "two gateways"
 
 
 @dataclass(frozen=True, slots=True)
@@ -37,7 +37,8 @@ class Stack:
     """Everything runs. `addresses` are the Envoys' and `pids` the ext_proc servers', by setup."""
 
     addresses: Mapping[str, str]
-    pids: Mapping[str, int]
+    pids: Mapping[str, Sequence[int]]
+    engines: tuple[str, ...]
     cache: SimulatedCache
 
 
@@ -78,25 +79,29 @@ def run_stack(tokenizer: Path) -> Iterator[Stack]:
     """
     ports = free_ports(NUM_WORKERS)
     engines = tuple(f"127.0.0.1:{port}" for port in ports)
-    trivial, gateway, gateway_admin = (free_address() for _ in range(3))
+    trivial, *gateways = (free_address() for _ in range(3))
     fixed = [argument for engine in engines for argument in ("--worker", engine)]
     envoys = {
         PLAIN: ["--no-ext-proc", *fixed],
         TRIVIAL: ["--gateway", trivial, *fixed],
-        KVLANE: ["--gateway", gateway],
+        KVLANE: ["--gateway", gateways[0]],
+        TWO: [argument for each in gateways for argument in ("--gateway", each)],
     }
     with ExitStack() as stack:
         logs = Path(stack.enter_context(tempfile.TemporaryDirectory(prefix="kvlane-bench-")))
         redis_url = stack.enter_context(embedded_redis())
         stack.enter_context(peer(serve_engines, ports, MODEL, str(tokenizer.resolve()), MAX_MODEL_LEN))
-        pids = {TRIVIAL: stack.enter_context(peer(serve_trivial_ext_proc, trivial))}
+        pids = {TRIVIAL: [stack.enter_context(peer(serve_trivial_ext_proc, trivial))], TWO: []}
         cache = stack.enter_context(_register(index_config(redis_url), engines, tokenizer))
         processes = stack.enter_context(child_processes(logs))
-        listen = ["--listen", gateway, "--admin-listen", gateway_admin, "--redis-url", redis_url]
         # The engines have no cache that a probe could check.
         unchecked = {"KVLANE_PARITY_PROBE": "false"}
-        pids[KVLANE] = processes.start("gateway", kvlane("gateway", *listen), unchecked)
-        _wait_until_ready(processes, gateway_admin)
+        for number, gateway in enumerate(gateways):
+            admin = free_address()
+            listen = ["--listen", gateway, "--admin-listen", admin, "--redis-url", redis_url]
+            pids[TWO].append(processes.start(f"gateway-{number}", kvlane("gateway", *listen), unchecked))
+            _wait_until_ready(processes, admin)
+        pids[KVLANE] = pids[TWO][:1]
         addresses = {name: free_address() for name in envoys}
         for name, arguments in envoys.items():
             admin = free_address()
@@ -104,7 +109,7 @@ def run_stack(tokenizer: Path) -> Iterator[Stack]:
             # One thread: it leaves the other cores to what is measured.
             processes.start(name, [*command, "--", "--concurrency", "1", "--log-level", "error"])
             _wait_until_ready(processes, admin)
-        yield Stack(addresses, pids, cache)
+        yield Stack(addresses, pids, engines, cache)
 
 
 def _wait_until_ready(processes: Processes, admin: str) -> None:
