@@ -52,13 +52,7 @@ async def run(config: GatewayConfig) -> None:
         exits.push_async_callback(index.close)
         client = await exits.enter_async_context(worker_client(config))
         fleet = Fleet(config, index, client)
-        reader = PromptReader(
-            lambda: fleet.snapshot.models,
-            num_threads=config.tokenizer_threads,
-            inline_bytes=config.tokenize_inline_bytes,
-            cache_bytes=config.token_cache_bytes,
-            trust_request_chat_template=config.trust_request_chat_template,
-        )
+        reader = PromptReader.configured(config, lambda: fleet.snapshot.models)
         exits.callback(reader.close)
         rates, receipts = (
             Rates(config.default_profile, config.profiles),

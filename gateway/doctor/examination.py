@@ -78,11 +78,7 @@ async def _examiner(config: GatewayConfig, replays: Mapping[str, str]) -> AsyncI
         exits.push_async_callback(index.close)
         client = await exits.enter_async_context(worker_client(config))
         fleet = Fleet(config, index, client)
-        reader = PromptReader(
-            lambda: fleet.snapshot.models,
-            num_threads=config.tokenizer_threads,
-            inline_bytes=config.tokenize_inline_bytes,
-        )
+        reader = PromptReader.configured(config, lambda: fleet.snapshot.models)
         exits.callback(reader.close)
         prober = ParityProber(config, index, reader, client)
         yield _Examiner(fleet, index, prober, replays, asyncio.Semaphore(config.parity_concurrency))

@@ -8,8 +8,9 @@ from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
 from functools import partial
-from typing import TypeVar
+from typing import Self, TypeVar
 
+from gateway.config import GatewayConfig
 from gateway.errors import TokenizerError
 from gateway.tokens.bodies import parse
 from gateway.tokens.cache import ByteCache
@@ -54,6 +55,17 @@ class PromptReader:
         cache = ByteCache(cache_bytes)
         self._tokenizers = Tokenizers(self._pool, cache)
         self._hasher = BlockHasher(cache)
+
+    @classmethod
+    def configured(cls, config: GatewayConfig, models: Callable[[], Models]) -> Self:
+        """Return the reader of a process with these settings."""
+        return cls(
+            models,
+            num_threads=config.tokenizer_threads,
+            inline_bytes=config.tokenize_inline_bytes,
+            cache_bytes=config.token_cache_bytes,
+            trust_request_chat_template=config.trust_request_chat_template,
+        )
 
     def close(self) -> None:
         """Let go of the threads; what they are doing is not waited for."""

@@ -4,13 +4,13 @@ import os
 import signal
 import subprocess
 import sys
-import time
 from pathlib import Path
 
 import pytest
 
 from gateway.errors import ProcessEnded
 from gateway.processes import child_processes
+from tests.support.fleet import eventually
 
 # A child that starts a grandchild, writes its pid, and ignores the polite signal if asked to.
 PARENT = """
@@ -30,25 +30,18 @@ def alive(pid: int) -> bool:
         return False
 
 
-def eventually(condition, timeout_s: float = 15) -> bool:
-    deadline = time.monotonic() + timeout_s
-    while not condition() and time.monotonic() < deadline:
-        time.sleep(0.02)
-    return condition()
-
-
 @pytest.mark.parametrize("manner", ["polite", "stubborn"])
 def test_what_a_child_started_ends_with_it(tmp_path, monkeypatch, manner):
     monkeypatch.setattr("gateway.processes._GRACE_S", 0.5)
     pid_file = tmp_path / "pid"
     with child_processes(tmp_path) as processes:
         child = processes.start("parent", [sys.executable, "-c", PARENT, str(pid_file), manner])
-        assert eventually(lambda: pid_file.exists() and pid_file.read_text())
+        eventually(lambda: pid_file.exists() and pid_file.read_text())
         grandchild = int(pid_file.read_text())
         assert alive(child)
         assert alive(grandchild)
     assert not alive(child)
-    assert eventually(lambda: not alive(grandchild))
+    eventually(lambda: not alive(grandchild))
 
 
 def test_a_child_that_ends_by_itself_is_named_with_its_last_words(tmp_path):
@@ -57,7 +50,7 @@ def test_a_child_that_ends_by_itself_is_named_with_its_last_words(tmp_path):
         processes.check()
         processes.start("engine", [sys.executable, "-c", "print('out of memory'); raise SystemExit(3)"])
         with pytest.raises(ProcessEnded, match=r"engine ended with exit code 3(.|\n)*out of memory"):
-            assert eventually(lambda: processes.check() is not None)
+            eventually(lambda: processes.check() is not None)
 
 
 def test_one_child_can_be_stopped_or_killed_alone(tmp_path):
@@ -83,4 +76,4 @@ with child_processes(pathlib.Path({str(tmp_path)!r})) as processes:
     os.kill(parent.pid, signal.SIGKILL)
     parent.wait()
     parent.stdout.close()
-    assert eventually(lambda: not alive(child))
+    eventually(lambda: not alive(child))
