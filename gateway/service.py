@@ -9,7 +9,11 @@ import enum
 from collections import Counter, defaultdict
 from collections.abc import Iterable
 
-from gateway.plan import TIE_MS, TIE_SHARE, Choice
+from gateway.plan import TIE_SHARE, Choice
+
+TARGET_WEIGHT = 2.0
+"""How many times over a client's time counts against the time of others where its target is at stake. In the
+plan it counts once."""
 
 
 class Admission(enum.StrEnum):
@@ -34,31 +38,31 @@ class Verdict(enum.StrEnum):
 
 
 def prefer(choices: Iterable[Choice], target_ms: float | None) -> tuple[Choice, ...]:
-    """Return the plan in the order that a target gives it; without a target, as it is.
+    """Return the plan, headed by a worker that meets the target where its own first does not.
 
-    Workers that meet the target come first, by what the request would cost the fleet there: whoever
-    meets it is soon enough for the client, so the fleet's time decides. Where that is equal, and behind
-    the target, the plan's own order stays. A prediction meets the target if it is as far below it as
-    predictions are exact.
+    That worker is the first in the plan's order that is predicted to meet the target, and where the request
+    costs others no more than `TARGET_WEIGHT` times what it gains. A prediction meets the target if it is
+    as far below it as predictions are exact. Without such a worker, and without a target, the plan is as
+    it was.
     """
     plan = tuple(choices)
-    if target_ms is None:
+    if target_ms is None or not plan or _meets(plan[0], target_ms):
         return plan
-    meeting = {id(choice) for choice in plan if choice.terms.ttft_ms * (1 + TIE_SHARE) <= target_ms}
-    least_ms = min((fleet_ms(choice) for choice in plan if id(choice) in meeting), default=0.0)
-    tied_ms = least_ms * (1 + TIE_SHARE) + TIE_MS
-
-    def rank(choice: Choice) -> tuple[bool, float]:
-        if id(choice) not in meeting:
-            return True, 0.0
-        return False, max(fleet_ms(choice), tied_ms)
-
-    return tuple(sorted(plan, key=rank))
+    first = plan[0]
+    for choice in plan[1:]:
+        gained_ms = first.terms.ttft_ms - choice.terms.ttft_ms
+        if _meets(choice, target_ms) and others_ms(choice) - others_ms(first) <= TARGET_WEIGHT * gained_ms:
+            return choice, *(each for each in plan if each is not choice)
+    return plan
 
 
-def fleet_ms(choice: Choice) -> float:
-    """Return what the request takes of the fleet: its prefill and what that costs others, no waiting."""
-    return choice.terms.prefill_ms + choice.terms.slowdown_ms + choice.terms.crowding_ms
+def _meets(choice: Choice, target_ms: float) -> bool:
+    return choice.terms.ttft_ms * (1 + TIE_SHARE) <= target_ms
+
+
+def others_ms(choice: Choice) -> float:
+    """Return what the request costs others at this worker."""
+    return choice.terms.slowdown_ms + choice.terms.crowding_ms
 
 
 def soonest_ms(choices: Iterable[Choice]) -> float:

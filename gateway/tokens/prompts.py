@@ -109,7 +109,7 @@ def _draft(text: _Text, parsed: ParsedRequest, model: ServedModel, tokenizer: Mo
     is_partly_known = text.num_known_chars is not None
     whole = text.text if is_partly_known else _bounded(text.text, parsed, model, tokenizer)
     try:
-        segments = tokenizer.split(whole, counted_chars=text.num_known_chars)
+        segments = tokenizer.split(whole, counted_chars=text.num_known_chars, cache_salt=parsed.cache_salt)
     except UnicodeEncodeError as error:
         raise RequestError(400, f"The chat template yields what is not text: {error}") from error
     return Draft(segments, text.inexact, is_partly_known)

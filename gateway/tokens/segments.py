@@ -75,18 +75,25 @@ class SegmentEncoder:
         # Tokenizers share the cache, and nobody outside can foresee which texts have equal keys.
         self._seed = secrets.randbits(64)
 
-    def split(self, text: str, *, counted_chars: int | None = None) -> Segments:
+    def split(
+        self, text: str, *, counted_chars: int | None = None, cache_salt: str | None = None
+    ) -> Segments:
         """Return the segments of `text`, with their tokens where these are known.
 
         Args:
             text: what to tokenise.
             counted_chars: leading part that counts; None: all.
+            cache_salt: of the request. What is known under one salt is not under another, or the time that
+                an answer takes would tell whether somebody else has sent the same.
 
         Raises:
             UnicodeEncodeError: lone surrogates, which are not text.
         """
         texts = self._cuts.split(text.encode())
-        keys = [xxhash.xxh3_128_digest(segment, self._seed) for segment in texts]
+        seed = self._seed
+        if cache_salt is not None:
+            seed = xxhash.xxh3_64_intdigest(cache_salt.encode(errors="surrogatepass"), self._seed)
+        keys = [xxhash.xxh3_128_digest(segment, seed) for segment in texts]
         segments = Segments(texts, keys, self._cache.get(keys), len(texts))
         if counted_chars is not None:
             left = len(text[:counted_chars].encode())

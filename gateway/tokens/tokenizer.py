@@ -161,9 +161,11 @@ class ModelTokenizer:
         template = (chat.template if use_own_template else None) or self._chat_template
         return render(self._tokenizer, chat, template)
 
-    def split(self, text: str, *, counted_chars: int | None = None) -> Segments:
+    def split(
+        self, text: str, *, counted_chars: int | None = None, cache_salt: str | None = None
+    ) -> Segments:
         """See `SegmentEncoder.split`."""
-        return self._segments.split(text, counted_chars=counted_chars)
+        return self._segments.split(text, counted_chars=counted_chars, cache_salt=cache_salt)
 
     def encode(self, batch: Sequence[Segments]) -> None:
         """See `SegmentEncoder.encode`.

@@ -111,6 +111,16 @@ def test_new_text_is_counted_in_bytes(encoder):
     assert encoder.split("wörld", counted_chars=0).num_new_bytes == 0
 
 
+def test_what_is_known_under_one_salt_is_new_under_another(encoder, tokenizer):
+    salts = [None, "", "acme", "beta", "\ud800"]
+    for number, salt in enumerate(salts):
+        new = [encoder.split("wörld", cache_salt=each).num_new_bytes for each in salts]
+        assert new == [0] * number + [6] * (len(salts) - number)
+        segments = encoder.split("wörld", cache_salt=salt)
+        encoder.encode([segments])
+        assert ids(segments) == tokens_of(tokenizer, "wörld")
+
+
 def test_tokens_of_a_leading_part_are_counted(encoder, tokenizer):
     text = turn("system", "be kind " * 60) + turn("user", "wörld 🎉 " * 60) + turn("user", "look")
     (encoding,) = tokenizer.encode_batch([text], add_special_tokens=False)
