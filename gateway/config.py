@@ -132,6 +132,12 @@ class GatewayConfig(IndexConfig):
     prefill_tokens_per_s: float = Field(
         10_000, gt=0, description="Prefill speed of a model without a profile, before any was measured."
     )
+    transfer_gb_per_s: float = Field(
+        1.0, gt=0, description="How fast KV moves from one worker to another, to weigh what a split costs."
+    )
+    transfer_latency_ms: float = Field(
+        5.0, ge=0, description="What a transfer of KV costs whatever its size, each way."
+    )
     profiles: dict[str, Profile] = Field(
         default_factory=dict, description="What an engine's steps cost, by model; measured from there on."
     )

@@ -4,41 +4,38 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
-import math
 import secrets
 import time
 from collections import Counter
 from collections.abc import Collection, Iterator, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Protocol
 
-import msgspec
+import httpx
 
 from gateway import metrics
-from gateway.admission import TTFT_TARGET_HEADER, AdmissionDesk
+from gateway.admission import AdmissionDesk
 from gateway.calls import Calls
 from gateway.chains import Chain
 from gateway.config import GatewayConfig
 from gateway.decision import Decision, End, HttpRequest, Served
+from gateway.demand import RANK_HEADER, demand_of, named_model, ttft_target_ms
+from gateway.disagg import Disaggregation, Pair
 from gateway.errors import RequestError, TokenizerError
 from gateway.fleet import Fleet
-from gateway.lookup import Lookup, allowed, longest_prompt, registered_state
+from gateway.halves import without_transfer_params
+from gateway.lookup import Lookup, allowed, registered_state
 from gateway.plan import Choice, Demand, least_loaded, num_requests, plan
 from gateway.rates import Rates
 from gateway.receipts import Receipt, Receipts
 from gateway.reserve import Charge, Reserver
 from gateway.service import prefer
+from gateway.split import whole
 from gateway.tokens.models import ServedModel
 from gateway.tokens.request import ReadRequest
 from kvindex.errors import IndexUnavailable
 from kvindex.index import IndexReader
 from kvindex.worker import Worker
-
-BYTES_PER_TOKEN = 4
-"""A prompt whose tokens are not known is charged by the size of its body."""
-
-RANK_HEADER = "x-data-parallel-rank"
-"""Source: vLLM 0.32 `vllm/entrypoints/openai/engine/serving.py`, _get_data_parallel_rank."""
 
 
 class Reader(Protocol):
@@ -57,8 +54,20 @@ class Reader(Protocol):
 class _InFlight:
     receipt: Receipt
     worker: Worker
-    charge: Charge | None
+    charges: tuple[Charge, ...]
+    prefill: asyncio.Task[None] | None
+    """The other half of a split request."""
     since: float = field(default_factory=time.monotonic)
+
+
+@dataclass(frozen=True, slots=True)
+class _Planned:
+    """Who may serve a request, best first, and what was charged for it."""
+
+    choices: tuple[Choice, ...] = ()
+    charges: tuple[Charge, ...] = ()
+    pair: Pair | None = None
+    """How it is split; the decode worker is the first of the choices."""
 
 
 class KvRouter:
@@ -73,6 +82,7 @@ class KvRouter:
         *,
         rates: Rates,
         receipts: Receipts,
+        client: httpx.AsyncClient,
     ) -> None:
         self._config = config
         self._fleet = fleet
@@ -82,6 +92,7 @@ class KvRouter:
         self._lookup = Lookup(index, fleet, rates, max_hashes=config.receipt_hashes)
         self._calls = Calls()
         self._reserver = Reserver(config, index, self._calls)
+        self._disagg = Disaggregation(config, self._reserver, client)
         self._desk = AdmissionDesk(config)
         self._in_flight: dict[str, _InFlight] = {}
         self._requests: Counter[str] = Counter()
@@ -105,7 +116,8 @@ class KvRouter:
         }
 
     async def stop(self) -> None:
-        """Wait until every finished request is settled."""
+        """Let go of prefill halves, and wait until every finished request is settled."""
+        await self._disagg.stop()
         await self._calls.finished()
 
     def admit(self, _: HttpRequest) -> None:
@@ -121,8 +133,12 @@ class KvRouter:
         receipt = Receipt(decision_id=secrets.token_hex(8), request_id=request_id, path=path)
         try:
             receipt.tenant = request.caller.tenant if request.caller else None
-            receipt.ttft_target_ms = _ttft_target_ms(request)
-            return await self._decide(request, receipt)
+            receipt.ttft_target_ms = ttft_target_ms(request)
+            stripped = without_transfer_params(request.body)
+            if stripped is None:
+                return await self._decide(request, receipt)
+            decision = await self._decide(replace(request, body=stripped), receipt)
+            return decision if decision.body is not None else replace(decision, body=stripped)
         except RequestError as error:
             metrics.REJECTED.labels(error.status).inc()
             raise
@@ -140,8 +156,10 @@ class KvRouter:
         self._requests[flight.worker.worker_id] -= 1
         if not self._requests[flight.worker.worker_id]:
             del self._requests[flight.worker.worker_id]
-        if flight.charge is not None:
-            self._reserver.take_back(flight.charge)
+        if flight.prefill is not None:
+            flight.prefill.cancel()
+        for charge in flight.charges:
+            self._reserver.take_back(charge)
 
     def record(self, served: Served) -> None:
         """See `Router`."""
@@ -157,8 +175,8 @@ class KvRouter:
         went_astray = served.worker is None and served.status != 200
         if went_astray or served.worker not in (None, receipt.destinations[0]):
             self._fleet.suspect()
-        elif receipt.choice and receipt.choice.candidate.degraded:
-            return  # What it had cached is not known, so neither is what it computed.
+        elif receipt.split or (receipt.choice and receipt.choice.candidate.degraded):
+            return  # What the worker computed itself is not known.
         elif served.status == 200 and receipt.streamed and served.ttft_ms is not None and receipt.choice:
             self._learn(receipt.choice, served.ttft_ms - sum(receipt.steps_ms.values()))
 
@@ -176,7 +194,7 @@ class KvRouter:
         read = await self._reader.read(path, body)
         if read is None:
             raise RequestError(400, f"{path} carries no prompt that is understood.")
-        demand = _demand(HttpRequest("POST", path, {}, body), read.model, read)
+        demand = demand_of(HttpRequest("POST", path, {}, body), read.model, read)
         found = await self._lookup.find(demand, self._served(read.model), read)
         return read, plan(demand, found.candidates, seed=0), found.chains
 
@@ -185,13 +203,12 @@ class KvRouter:
             raise self._no_worker("No worker is live.")
         read = await self._read(request, receipt)
         receipt.model = read.model if read else named_model(request.body)
-        choices: tuple[Choice, ...] = ()
-        charge = None
+        planned = _Planned()
         if receipt.model is not None and (read or receipt.fallback):
             served = self._served(receipt.model)
-            demand = _demand(request, receipt.model, read)
-            choices, charge = await self._plan(demand, served, read, receipt)
-        receipt.choices = choices
+            demand = demand_of(request, receipt.model, read)
+            planned = await self._plan(request, demand, served, read, receipt)
+        choices = receipt.choices = planned.choices
         if choices and (reason := choices[0].candidate.degraded):
             receipt.fallback = receipt.fallback or f"parity_{reason}"
         workers: Sequence[Worker] = [choice.candidate.worker for choice in choices]
@@ -199,9 +216,11 @@ class KvRouter:
             workers = self._by_load(request, receipt)
         if receipt.fallback:
             receipt.mode = "load"
+        elif planned.pair is not None:
+            receipt.mode, receipt.split = "split", planned.pair.split
         else:
             receipt.mode = "overlap" if choices else "passed"
-        return self._send(request, receipt, workers, charge)
+        return self._send(request, receipt, workers, planned)
 
     async def _read(self, request: HttpRequest, receipt: Receipt) -> ReadRequest | None:
         """Return the request's prompts; None, with a fallback noted if they could not be read here."""
@@ -231,33 +250,44 @@ class KvRouter:
         return await self._reader.read(request.path, request.body)
 
     async def _plan(
-        self, demand: Demand, served: ServedModel, read: ReadRequest | None, receipt: Receipt
-    ) -> tuple[tuple[Choice, ...], Charge | None]:
+        self,
+        request: HttpRequest,
+        demand: Demand,
+        served: ServedModel,
+        read: ReadRequest | None,
+        receipt: Receipt,
+    ) -> _Planned:
         """Return the plan and its charge; nothing, with a fallback noted, if the index is away."""
         receipt.prompt_tokens = demand.num_tokens
         if read:
             receipt.inexact, receipt.streamed = read.inexact, read.stream
         if self._fleet.failure is not None:
             receipt.fallback = receipt.fallback or "index_unavailable"
-            return (), None
+            return _Planned()
         try:
             with _step(receipt, "match"):
                 finding = self._calls.start(self._lookup.find(demand, served, read))
                 found = await self._calls.within(self._config.index_deadline_ms, finding)
         except TimeoutError:
             receipt.fallback = receipt.fallback or "index_deadline"
-            return (), None
+            return _Planned()
         except IndexUnavailable:
             receipt.fallback = receipt.fallback or "index_unavailable"
-            return (), None
+            return _Planned()
         receipt.excluded, receipt.chains = found.excluded, found.chains
         with _step(receipt, "plan"):
             foreseen = self._reserver.foreseen(found.candidates, found.prompts)
             choices = plan(demand, foreseen, seed=int(receipt.decision_id, 16))
             choices = prefer(choices, receipt.ttft_target_ms)
+            pair = self._disagg.propose(request, demand, read, choices) if choices else None
+            choices = whole(choices)
         if choices:
             receipt.choices = choices
             receipt.verdict = self._desk.judge(receipt)
+            if pair is not None:
+                others = (choice for choice in choices if choice is not pair.split.decode)
+                charges = self._disagg.charge(receipt.decision_id, pair, found.prompts)
+                return _Planned((pair.split.decode, *others), charges, pair)
             with _step(receipt, "reserve"):
                 charged = await self._reserver.charge(
                     receipt.decision_id,
@@ -269,18 +299,18 @@ class KvRouter:
                 )
             receipt.replans = charged.replans
             if charged.choices:
-                return charged.choices, charged.charge
+                return _Planned(charged.choices, (charged.charge,))
             self._reserver.take_back(charged.charge)
         elif self._fleet.is_recovering and not found.excluded:
             receipt.fallback = receipt.fallback or "index_recovering"
-            return (), None
+            return _Planned()
         raise self._no_worker(f"No live worker can serve `{demand.model}` now.", found.excluded)
 
     def _by_load(self, request: HttpRequest, receipt: Receipt) -> tuple[Worker, ...]:
         """Return the workers that serve the named model, or any if nobody knows it, least loaded first."""
         snapshot = self._fleet.snapshot
         is_known = any(model.name == receipt.model for model in snapshot.models)
-        demand = _demand(request, receipt.model if is_known else None, None)
+        demand = demand_of(request, receipt.model if is_known else None, None)
         registered, receipt.excluded = allowed(snapshot.workers(), demand, self._fleet)
         if not registered:
             raise self._no_worker("No live worker can serve the request now.", receipt.excluded)
@@ -294,7 +324,7 @@ class KvRouter:
         return least_loaded([each.worker for each in registered], requests, seed=seed)
 
     def _send(
-        self, request: HttpRequest, receipt: Receipt, workers: Sequence[Worker], charge: Charge | None
+        self, request: HttpRequest, receipt: Receipt, workers: Sequence[Worker], planned: _Planned
     ) -> Decision:
         chosen = workers[0]
         decision_id = receipt.decision_id
@@ -313,18 +343,23 @@ class KvRouter:
         }
         if receipt.fallback:
             response_headers["x-kvlane-fallback"] = receipt.fallback
+        prefill = None
+        if (pair := planned.pair) is not None:
+            response_headers["x-kvlane-prefill"] = pair.prefill_worker.worker_id
+            prefill = self._disagg.send_prefill(request.path, pair, _prefill_headers(receipt, pair))
         metrics.DECISIONS.labels(receipt.mode, receipt.fallback or "").inc()
         metrics.PROMPT_TOKENS.inc(receipt.prompt_tokens)
         metrics.MATCHED_TOKENS.inc(receipt.matched_tokens)
         metrics.IN_FLIGHT.inc()
         self._receipts.add(receipt)
         self._requests[chosen.worker_id] += 1
-        self._in_flight[decision_id] = _InFlight(receipt, chosen, charge)
+        self._in_flight[decision_id] = _InFlight(receipt, chosen, planned.charges, prefill)
         self._desk.take(request.caller, receipt)
         return Decision(
             decision_id,
             receipt.destinations,
             request_headers=request_headers,
+            body=pair.bodies.decode if pair else None,
             response_headers=response_headers,
             num_prompt_tokens=receipt.prompt_tokens,
         )
@@ -361,46 +396,11 @@ class KvRouter:
         )
 
 
-class _Named(msgspec.Struct):
-    model: str | None = None
-
-
-def named_model(body: bytes) -> str | None:
-    """Return the `model` of a JSON body, without looking at anything else."""
-    try:
-        return msgspec.json.decode(body, type=_Named).model
-    except (msgspec.DecodeError, UnicodeDecodeError, RecursionError):
-        return None
-
-
-def _demand(request: HttpRequest, model: str | None, read: ReadRequest | None) -> Demand:
-    """Return what the request asks of a worker; without its tokens, an estimate."""
-    rank = request.headers.get(RANK_HEADER, "")
-    return Demand(
-        num_tokens=read.num_tokens if read else len(request.body) // BYTES_PER_TOKEN,
-        num_lookup_tokens=len(longest_prompt(read).tokens) if read else 0,
-        model=model,
-        num_context_tokens=max(len(prompt.tokens) for prompt in read.prompts) if read else 0,
-        endpoints=request.candidates,
-        dp_rank=int(rank) if rank.isascii() and rank.isdecimal() else None,
-    )
-
-
-def _ttft_target_ms(request: HttpRequest) -> float | None:
-    """Return the request's own target, or its key's.
-
-    Raises:
-        RequestError: 400, the header is no time.
-    """
-    if (given := request.headers.get(TTFT_TARGET_HEADER)) is None:
-        return request.caller.ttft_target_ms if request.caller else None
-    try:
-        target_ms = float(given)
-    except ValueError:
-        target_ms = 0.0
-    if not 0 < target_ms < math.inf:
-        raise RequestError(400, f"{TTFT_TARGET_HEADER} must be a time in milliseconds, such as 800.")
-    return target_ms
+def _prefill_headers(receipt: Receipt, pair: Pair) -> dict[str, str]:
+    headers = {"x-request-id": f"{receipt.request_id}-kv{pair.prefill_id}"}
+    if pair.prefill_worker.dp_size > 1:
+        headers[RANK_HEADER] = str(pair.prefill_worker.dp_rank)
+    return headers
 
 
 @contextlib.contextmanager

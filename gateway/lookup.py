@@ -150,6 +150,7 @@ class Lookup:
             state=state,
             overlap_blocks=overlap_blocks,
             pending_blocks=pending_blocks,
+            role=registered.role,
             degraded=parity.reason if parity.ignores_overlap else None,
             profile=self._rates.profile(worker),
             # `kvlane publish` may not know the size of the cache.

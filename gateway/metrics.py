@@ -48,6 +48,12 @@ CERTIFICATE_LOADS = Counter(
     "New certificates: taken, or refused and the old one kept.",
     ["outcome"],
 )
+PREFILL_HALVES = Counter(
+    "kvlane_gateway_prefill_halves",
+    "Prefill halves of split requests: done, refused by the worker, failed on the way, or cancelled at the "
+    "request's end.",
+    ["outcome"],
+)
 LIVE_WORKERS = Gauge("kvlane_gateway_live_workers", "Workers with a live lease.")
 WORKERS = Gauge(
     "kvlane_gateway_workers",

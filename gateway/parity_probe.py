@@ -20,7 +20,8 @@ import httpx
 import msgspec
 
 from gateway.config import GatewayConfig
-from gateway.decide import RANK_HEADER, Reader
+from gateway.decide import Reader
+from gateway.demand import RANK_HEADER
 from gateway.errors import ModelNotServed, RequestError, TokenizerError, Unverified
 from gateway.parity import Evidence, Parity, Reason, State, Trial, judge, unverified
 from gateway.probe import worker_url

@@ -12,7 +12,7 @@ import xxhash
 
 from gateway.parity import Reason
 from gateway.profile import Profile, num_pairs
-from kvindex.worker import Worker, WorkerState
+from kvindex.worker import Role, Worker, WorkerState
 
 TIE_SHARE = 0.1
 """Costs within this share of the best, and of what the whole prompt costs, are equal: measured rates are no
@@ -62,6 +62,7 @@ class Candidate(msgspec.Struct, frozen=True, kw_only=True):
     """What its steps cost, as far as is known."""
     pending_blocks: int = 0
     """Leading blocks that it has been asked to compute for others, who are in its queue."""
+    role: Role = Role.BOTH
     degraded: Reason | None = None
     """Why the overlap does not count; None where it does."""
     cache_fill: float = 0.0

@@ -17,8 +17,9 @@ from gateway.chains import Chain
 from gateway.decision import End, Served
 from gateway.plan import Choice
 from gateway.service import Verdict
+from gateway.split import Split
 
-_VIEWED_APART = frozenset({"choices", "chains"})
+_VIEWED_APART = frozenset({"choices", "chains", "split"})
 
 
 class Receipt(msgspec.Struct, kw_only=True):
@@ -43,6 +44,8 @@ class Receipt(msgspec.Struct, kw_only=True):
     """The prompt that was looked up, in each pool."""
     choices: tuple[Choice, ...] = ()
     """Every candidate, best first; empty where the index was not asked."""
+    split: Split | None = None
+    """The pair of workers, where the request was split; the decode worker is the chosen one."""
     excluded: dict[str, str] = {}
     """Worker id to the reason why it was no candidate."""
     ttft_target_ms: float | None = None
@@ -68,23 +71,39 @@ class Receipt(msgspec.Struct, kw_only=True):
         return self.choice.cached_tokens if self.choice else 0
 
     @property
+    def predicted_ttft_ms(self) -> float | None:
+        """What the plan said, where there was one."""
+        planned = self.split or self.choice
+        return planned.terms.ttft_ms if planned else None
+
+    @property
     def ttft_error_ms(self) -> float | None:
         """How much later than predicted the first token came, from the end of the decision on."""
-        if self.choice is None or self.served is None or self.served.ttft_ms is None:
+        predicted_ms = self.predicted_ttft_ms
+        if predicted_ms is None or self.served is None or self.served.ttft_ms is None:
             return None
-        return self.served.ttft_ms - sum(self.steps_ms.values()) - self.choice.terms.ttft_ms
+        return self.served.ttft_ms - sum(self.steps_ms.values()) - predicted_ms
 
     def view(self) -> dict[str, Any]:
         """Return the receipt as JSON-ready values."""
         fields: dict[str, Any] = msgspec.to_builtins(
             {name: getattr(self, name) for name in self.__struct_fields__ if name not in _VIEWED_APART}
         )
-        choice = self.choice
         fields["matched_tokens"] = self.matched_tokens
-        fields["predicted_ttft_ms"] = choice.terms.ttft_ms if choice else None
+        fields["predicted_ttft_ms"] = self.predicted_ttft_ms
+        fields["split"] = _view_split(self.split) if self.split else None
         fields["ttft_error_ms"] = self.ttft_error_ms
         fields["candidates"] = [_view_choice(choice) for choice in self.choices]
         return fields
+
+
+def _view_split(split: Split) -> dict[str, Any]:
+    return {
+        "prefill": split.prefill.candidate.worker.worker_id,
+        "decode": split.decode.candidate.worker.worker_id,
+        "terms": msgspec.to_builtins(split.terms),
+        "ttft_ms": split.terms.ttft_ms,
+    }
 
 
 def _view_choice(choice: Choice) -> dict[str, Any]:

@@ -14,6 +14,7 @@ from gateway.calls import Calls
 from gateway.config import GatewayConfig
 from gateway.plan import Candidate, Choice, Demand, plan
 from gateway.service import prefer
+from gateway.split import whole
 from kvindex.blocks import BlockHash, Pool
 from kvindex.errors import IndexUnavailable
 from kvindex.index import IndexReader
@@ -113,7 +114,15 @@ class Reserver:
         replans = 0
         while True:
             is_last = replans + 1 >= self._config.reserve_tries
-            charge = self._reserve(decision_id, choices, prompts, in_any_case=is_last)
+            best = choices[0]
+            seen_tokens = best.candidate.state.backlog_tokens + _spare_tokens(choices)
+            charge = self._reserve(
+                decision_id,
+                best,
+                prompts,
+                prefill_tokens=best.charge_tokens,
+                seen_backlog_tokens=None if is_last else seen_tokens,
+            )
             try:
                 reservation = await self._calls.within(self._config.index_deadline_ms, charge.reply)
             except (TimeoutError, IndexUnavailable):
@@ -127,18 +136,35 @@ class Reserver:
             metrics.REPLANS.inc()
             candidates = tuple(_refreshed(candidates, charge.pool, reservation, prompts))
             choices = plan(demand, self.foreseen(candidates, prompts), seed=int(decision_id, 16))
-            choices = prefer(choices, ttft_target_ms)
+            choices = whole(prefer(choices, ttft_target_ms))
             if not choices or is_last:
                 return Charged(choices, charge, replans)
+
+    def charge_in_any_case(
+        self, decision_id: str, choice: Choice, prompts: Prompts, prefill_tokens: int
+    ) -> Charge:
+        """Charge a worker, whatever its load has become, and do not wait for the answer.
+
+        Args:
+            prompts: what it is to compute, in each pool; empty if nothing.
+        """
+        return self._reserve(
+            decision_id, choice, prompts, prefill_tokens=prefill_tokens, seen_backlog_tokens=None
+        )
 
     def take_back(self, charge: Charge) -> None:
         """Settle in the background, once the reservation's own answer is there."""
         self._calls.start(self._settle(charge))
 
     def _reserve(
-        self, decision_id: str, choices: tuple[Choice, ...], prompts: Prompts, *, in_any_case: bool
+        self,
+        decision_id: str,
+        choice: Choice,
+        prompts: Prompts,
+        *,
+        prefill_tokens: int,
+        seen_backlog_tokens: int | None,
     ) -> Charge:
-        choice = choices[0]
         pool, state = choice.candidate.worker.pool, choice.candidate.state
         candidate = choice.candidate
         num_held = max(candidate.overlap_blocks, candidate.pending_blocks)
@@ -147,14 +173,14 @@ class Reserver:
             pool,
             decision_id,
             state.slot,
-            prefill_tokens=choice.charge_tokens,
-            seen_backlog_tokens=None if in_any_case else state.backlog_tokens + _spare_tokens(choices),
+            prefill_tokens=prefill_tokens,
+            seen_backlog_tokens=seen_backlog_tokens,
             ttl_ms=self._config.reservation_ttl_ms,
             sample=sample,
             pending_ms=min(self._config.reservation_ttl_ms, int(2 * choice.terms.ttft_ms) + PENDING_MS),
         )
         reply = self._calls.start(call)
-        asked = _Asked(choice.charge_tokens, sample)
+        asked = _Asked(prefill_tokens, sample)
         place = (pool, state.slot)
         self._asked.setdefault(place, []).append(asked)
         reply.add_done_callback(lambda _: self._told(place, asked))

@@ -58,7 +58,7 @@ async def run(config: GatewayConfig) -> None:
             Rates(config.default_profile, config.profiles),
             Receipts(config.receipts, sample=config.receipt_sample),
         )
-        router = KvRouter(config, index, fleet, reader, rates=rates, receipts=receipts)
+        router = KvRouter(config, index, fleet, reader, rates=rates, receipts=receipts, client=client)
         exits.push_async_callback(router.stop)
         exits.push_async_callback(fleet.stop)
         watch = ParityWatch(config, fleet, ParityProber(config, index, reader, client), router.silent_workers)

@@ -11,6 +11,7 @@ from pydantic_settings import BaseSettings, SettingsConfigDict, SettingsError
 from kvindex.errors import ConfigError
 from kvindex.redis_url import FORMS
 from kvindex.tls import ClientTls, ServerTls
+from kvindex.worker import Role
 
 Config = TypeVar("Config", bound=BaseSettings)
 
@@ -47,6 +48,9 @@ class PublisherConfig(IndexConfig):
         None, description="cert, key and client_ca (PEM files) of that port, read at the start."
     )
     labels: dict[str, str] = Field(default_factory=dict, description="Free labels for routing filters.")
+    role: Role = Field(
+        Role.BOTH, description="What this worker is asked to do, until `kvlane role` says otherwise."
+    )
 
 
 class AdminAccess(BaseSettings):

@@ -19,6 +19,7 @@ from kvindex.worker import (
     Match,
     RegisteredWorker,
     Reservation,
+    Role,
     SlotPart,
     SlotState,
     Worker,
@@ -171,6 +172,13 @@ class IndexReader(Protocol):
         to a new last bucket, so one may be seen twice, but none is missed. Shrinking, which only a sweep
         of a pool that has lost most of its entries does, moves entries to lower buckets: if `num_buckets`
         is lower than in the slice before, some may have been missed, and the scan should begin again.
+        """
+
+    async def give_role(self, pool: Pool, worker_id: str, role: Role | None) -> bool:
+        """Give a worker a role, which it keeps through restarts; None: the role it starts with.
+
+        Returns:
+            False, and nothing is changed, if no such worker is registered.
         """
 
     async def sweep(self, pool: Pool, *, max_buckets: int) -> int:

@@ -12,6 +12,7 @@ the directory as KEYS[1] and append the suffixes below, which `lua_names` hands 
 | kvlane:{pool}:live       | str  | a `LIVE_ROW` a slot: lease, charge, load        | last slot fenced  |
 | kvlane:{pool}:s:<slot>   | hash | worker, incarnation, sequence, count, digest    | slot fenced       |
 | kvlane:{pool}:ids        | hash | worker id -> its slot                           | slot fenced       |
+| kvlane:{pool}:roles      | hash | worker id -> role that an operator gave it      | taken back        |
 | kvlane:{pool}:res        | hash | decision id -> reservation (`RESERVATION`)      | settled, expired  |
 | kvlane:{pool}:exp        | zset | decision ids by expiry                          | settled, expired  |
 | kvlane:{pool}:pend       | hash | decision id -> what was sent to be computed     | computed, settled |
@@ -55,6 +56,7 @@ _SUFFIXES = {
     "LIVE": ":live",
     "SLOT": ":s:",
     "IDS": ":ids",
+    "ROLES": ":roles",
     "RESERVATIONS": ":res",
     "EXPIRY": ":exp",
     "TAKEN": ":r:",
@@ -117,7 +119,12 @@ def fixed_keys(pool: Pool, slots: Iterable[int]) -> dict[str, list[str]]:
     """Return the keys that do not grow with the blocks, by what they hold."""
     slots = list(slots)
     base = directory(pool)
-    one = {"directory": base, "worker ids": base + _SUFFIXES["IDS"], "live rows": base + _SUFFIXES["LIVE"]}
+    one = {
+        "directory": base,
+        "worker ids": base + _SUFFIXES["IDS"],
+        "roles": base + _SUFFIXES["ROLES"],
+        "live rows": base + _SUFFIXES["LIVE"],
+    }
     two = {"log of slots": log_key(pool), "log of evictions": removals_key(pool)}
     return {
         **{name: [key] for name, key in one.items()},

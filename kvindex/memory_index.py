@@ -27,6 +27,7 @@ from kvindex.worker import (
     Match,
     RegisteredWorker,
     Reservation,
+    Role,
     SlotPart,
     SlotState,
     Worker,
@@ -82,6 +83,7 @@ class _Pool:
     dead: list[int] = field(default_factory=list)
     charges: dict[str, _Charge] = field(default_factory=dict)
     pending: dict[str, _Pending] = field(default_factory=dict)
+    roles: dict[str, Role] = field(default_factory=dict)
     events: deque[PoolEvent] = field(default_factory=lambda: deque(maxlen=LOG_EVENTS))
     removals: deque[Removal] = field(default_factory=lambda: deque(maxlen=LOG_REMOVALS))
     num_events: int = 0
@@ -295,6 +297,7 @@ class MemoryIndexReader:
             RegisteredWorker(
                 worker=slot.worker,
                 slot=slot.number,
+                role=self._index.pool(pool).roles.get(slot.worker.worker_id, slot.worker.role),
                 lease_ms=slot.lease_ms,
                 lease_left_ms=int(slot.expires_ms - now_ms),
                 num_indexed_blocks=slot.state.num_blocks,
@@ -377,6 +380,17 @@ class MemoryIndexReader:
             next_bucket=stop if stop < num_buckets else None,
             num_buckets=num_buckets,
         )
+
+    async def give_role(self, pool: Pool, worker_id: str, role: Role | None) -> bool:
+        """See `IndexReader`."""
+        state = self._index.pool(pool)
+        if all(slot.worker.worker_id != worker_id for slot in state.slots.values()):
+            return False
+        state.roles.pop(worker_id, None)
+        if role is not None:
+            state.roles[worker_id] = role
+        state.version += 1
+        return True
 
     async def sweep(self, pool: Pool, *, max_buckets: int) -> int:
         """See `IndexReader`. A slot stands for a bucket here."""

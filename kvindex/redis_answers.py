@@ -17,7 +17,9 @@ from kvindex.pending import Pending, Sample
 from kvindex.worker import Load, SlotState, WorkerState
 
 
-class _Row(NamedTuple):
+class Row(NamedTuple):
+    """What a slot's row of the live table says."""
+
     expires_ms: float
     lease_ms: int
     epoch: int
@@ -27,13 +29,13 @@ class _Row(NamedTuple):
 class _Rows(NamedTuple):
     """Of all slots that are not fenced."""
 
-    by_slot: dict[int, _Row]
+    by_slot: dict[int, Row]
     states: tuple[WorkerState, ...]
     first_expiry_ms: float
 
 
 @functools.lru_cache(maxsize=4096)
-def _read_row(slot: int, packed: bytes) -> _Row:
+def _read_row(slot: int, packed: bytes) -> Row:
     """Most rows are the same as in the answer before."""
     expires_ms, lease_ms, epoch, tokens, requests, *load = LIVE_ROW.unpack(packed)
     state = WorkerState(
@@ -42,7 +44,7 @@ def _read_row(slot: int, packed: bytes) -> _Row:
         charged_tokens=tokens,
         charged_requests=requests,
     )
-    return _Row(expires_ms, lease_ms, epoch, state)
+    return Row(expires_ms, lease_ms, epoch, state)
 
 
 @functools.lru_cache(maxsize=64)

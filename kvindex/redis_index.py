@@ -34,6 +34,7 @@ from kvindex.keys import (
 from kvindex.pending import Sample
 from kvindex.redis_answers import (
     Fleet,
+    Row,
     pack_sample,
     read_digest,
     read_overlaps,
@@ -51,6 +52,7 @@ from kvindex.worker import (
     Match,
     RegisteredWorker,
     Reservation,
+    Role,
     SlotPart,
     SlotState,
     Worker,
@@ -184,6 +186,23 @@ def _writes(slot: int, incarnation: str, batches: Iterable[Batch]) -> list[Scrip
     ]
 
 
+def _registered(described: Sequence[Any], row: Row, now_ms: float) -> RegisteredWorker:
+    slot, packed, num_blocks, digest, given_role = described
+    worker = msgspec.json.decode(packed, type=Worker)
+    return RegisteredWorker(
+        worker=worker,
+        slot=slot,
+        role=Role(given_role.decode()) if given_role else worker.role,
+        lease_ms=row.lease_ms,
+        lease_left_ms=int(row.expires_ms - now_ms),
+        num_indexed_blocks=num_blocks,
+        digest=f"{read_digest(digest):016x}",
+        load=row.state.load,
+        charged_tokens=row.state.charged_tokens,
+        charged_requests=row.state.charged_requests,
+    )
+
+
 class RedisIndexReader:
     """`IndexReader` on Redis, for one event loop. Connects on first use.
 
@@ -209,19 +228,9 @@ class RedisIndexReader:
         """See `IndexReader`."""
         described, fleet = await self._describe(pool)
         workers = [
-            RegisteredWorker(
-                worker=msgspec.json.decode(worker, type=Worker),
-                slot=slot,
-                lease_ms=row.lease_ms,
-                lease_left_ms=int(row.expires_ms - fleet.now_ms),
-                num_indexed_blocks=num_blocks,
-                digest=f"{read_digest(digest):016x}",
-                load=row.state.load,
-                charged_tokens=row.state.charged_tokens,
-                charged_requests=row.state.charged_requests,
-            )
-            for slot, worker, num_blocks, digest in described
-            if (row := fleet.rows.get(slot)) is not None
+            _registered(each, row, fleet.now_ms)
+            for each in described
+            if (row := fleet.rows.get(each[0])) is not None
         ]
         return fleet.version, workers
 
@@ -327,6 +336,10 @@ class RedisIndexReader:
             next_bucket=stop if stop < num_buckets else None,
             num_buckets=num_buckets,
         )
+
+    async def give_role(self, pool: Pool, worker_id: str, role: Role | None) -> bool:
+        """See `IndexReader`."""
+        return bool(await self._run("give_role", pool, worker_id, role or ""))
 
     async def sweep(self, pool: Pool, *, max_buckets: int) -> int:
         """See `IndexReader`."""

@@ -55,6 +55,7 @@ class Worker(msgspec.Struct, frozen=True, kw_only=True):
     tp_size: int = 1
     """Tensor-parallel ranks."""
     role: Role = Role.BOTH
+    """As started; an operator may have given it another since (`RegisteredWorker.role`)."""
     labels: dict[str, str] = {}
     engine: str = ""
     """Engine name and version, for people."""
@@ -136,6 +137,8 @@ class RegisteredWorker(msgspec.Struct, frozen=True, kw_only=True):
 
     worker: Worker
     slot: int
+    role: Role
+    """What it is asked to do now."""
     lease_ms: int
     """As granted; what is gone of it is the age of the last heartbeat."""
     lease_left_ms: int

@@ -57,6 +57,7 @@ class SchedulerSide:
             transfer_address=self._transfer_address(
                 parallel.data_parallel_index * parallel.tensor_parallel_size
             ),
+            role=self._config.role,
             tp_size=parallel.tensor_parallel_size,
             labels=self._config.labels,
             engine=compat.ENGINE,

@@ -16,6 +16,7 @@ import typer
 from rich.console import Console
 
 from kvindex.errors import ConfigError
+from kvindex.worker import Role
 from vllm_plugin.plugin import CONNECTOR_MODULE, CONNECTOR_NAME
 
 DEFAULT_PORT = 8000
@@ -28,6 +29,7 @@ app = typer.Typer(add_completion=False)
 def serve(
     context: typer.Context,
     model: Annotated[str, typer.Argument(help="Model name or directory, as `vllm serve` takes it.")],
+    *,
     endpoint: Annotated[
         str | None,
         typer.Option(
@@ -39,6 +41,10 @@ def serve(
     redis_url: Annotated[
         str | None, typer.Option(envvar="KVLANE_REDIS_URL", help="The Redis that holds the index.")
     ] = None,
+    role: Annotated[
+        Role | None,
+        typer.Option(envvar="KVLANE_ROLE", help="What it is asked to do until `kvlane role` says otherwise."),
+    ] = None,
     dry_run: Annotated[bool, typer.Option("--dry-run", help="Print the command and stop.")] = False,
 ) -> None:
     """Run `vllm serve MODEL`, with any of its arguments, as a worker of the fleet.
@@ -47,7 +53,7 @@ def serve(
     """
     if model.startswith("-"):
         raise typer.BadParameter(f"MODEL comes first, got {model}", ctx=context, param_hint="MODEL")
-    arguments = complete_arguments(context.args, endpoint)
+    arguments = complete_arguments(context.args, endpoint, role)
     if dry_run:
         Console(soft_wrap=True, highlight=False, markup=False).print(
             shlex.join(["vllm", "serve", model, *arguments])
@@ -60,7 +66,7 @@ def serve(
     os.execv(program, [program, "serve", model, *arguments])  # noqa: S606 - no shell wanted
 
 
-def complete_arguments(given: Sequence[str], endpoint: str | None) -> list[str]:
+def complete_arguments(given: Sequence[str], endpoint: str | None, role: Role | None = None) -> list[str]:
     """Return vLLM's arguments with what a worker needs; given values win, key by key.
 
     Raises:
@@ -85,7 +91,11 @@ def complete_arguments(given: Sequence[str], endpoint: str | None) -> list[str]:
         "kv_role": "kv_both",
         "kv_load_failure_policy": "recompute",
         **transfer,
-        "kv_connector_extra_config": {"kvlane.endpoint": endpoint or _endpoint(arguments), **extra},
+        "kv_connector_extra_config": {
+            "kvlane.endpoint": endpoint or _endpoint(arguments),
+            **({"kvlane.role": role} if role else {}),
+            **extra,
+        },
     }
     events = {
         "enable_kv_cache_events": True,

@@ -148,6 +148,7 @@ class TenantGate:
         if self._engine_key is not None:
             headers["authorization"] = f"Bearer {self._engine_key}"
         removed = tuple(name for name in (*decision.removed_headers, *REMOVED_HEADERS) if name not in headers)
+        body = decision.body if decision.body is not None else body
         return replace(decision, request_headers=headers, removed_headers=removed, body=body)
 
 

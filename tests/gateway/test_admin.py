@@ -80,6 +80,7 @@ class Gateway:
             self.reader,
             rates=rates,
             receipts=self.receipts,
+            client=client,
         )
         self.app = create_app(
             self.router, self.fleet, self.index, rates=rates, receipts=self.receipts, readiness=self.readiness

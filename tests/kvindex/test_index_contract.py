@@ -17,7 +17,7 @@ from kvindex.index import MAX_BATCH, IndexReader, IndexWriter
 from kvindex.memory_index import MemoryIndex, MemoryIndexReader, MemoryIndexWriter
 from kvindex.pending import MOST_PENDING, Pending, Sample
 from kvindex.redis_index import RedisIndexReader, RedisIndexWriter
-from kvindex.worker import Batch, Load, Reservation, SlotState, Worker
+from kvindex.worker import Batch, Load, Reservation, Role, SlotState, Worker
 
 POOL = Pool("m", 16)
 LONG_MS = 60_000
@@ -242,6 +242,23 @@ async def test_batches_go_in_order_and_the_answer_is_of_the_last(index):
     assert index.writer.apply(POOL, slot, "one", *batches[:15]) == SlotState(num_blocks=1, digest=15)
     assert index.writer.apply(POOL, slot, "one", *batches) == SlotState(num_blocks=1, digest=20)
     assert await index.overlap([20]) == {slot: 1}
+
+
+async def test_a_role_is_the_workers_own_until_one_is_given(index):
+    index.open()
+    version, (before,) = await index.reader.workers(POOL)
+    assert before.role is Role.BOTH
+    assert await index.reader.give_role(POOL, before.worker.worker_id, Role.PREFILL)
+    newer, (given,) = await index.reader.workers(POOL)
+    assert (given.role, given.worker.role) == (Role.PREFILL, Role.BOTH)
+    assert newer != version
+    index.open(incarnation="two", takeover=True)
+    _, (restarted,) = await index.reader.workers(POOL)
+    assert restarted.role is Role.PREFILL
+    assert await index.reader.give_role(POOL, before.worker.worker_id, None)
+    _, (own,) = await index.reader.workers(POOL)
+    assert own.role is Role.BOTH
+    assert not await index.reader.give_role(POOL, "nobody", Role.DECODE)
 
 
 async def test_a_gap_between_batches_loses_the_slot(index):

@@ -131,7 +131,7 @@ def view_workers(found: Sequence[RegisteredWorker], parity: Mapping[str, str]) -
         return Text(f"No worker is live: no pool named by {POOLS} has one with a valid lease. {HOW_TO_JOIN}")
     return table(
         "workers",
-        ["worker", "model", "engine", "parity"],
+        ["worker", "model", "engine", "parity", "role"],
         ["slot", "blocks indexed", "KV in use", "running", "waiting", "backlog tokens", "lease"],
         (
             (
@@ -139,6 +139,7 @@ def view_workers(found: Sequence[RegisteredWorker], parity: Mapping[str, str]) -
                 each.worker.model,
                 f"{each.worker.engine} ({each.worker.publisher})".lstrip(),
                 parity.get(each.worker.incarnation, UNKNOWN),
+                each.role,
                 str(each.slot),
                 f"{each.num_indexed_blocks:,} of {each.worker.num_blocks:,}",
                 f"{each.load.kv_usage:.0%}",

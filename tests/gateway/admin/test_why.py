@@ -89,7 +89,7 @@ class Gateway:
         self.fleet = Fleet(config, reader, client)
         self.receipts = Receipts(1000)
         parts = {"rates": Rates(Profile(prefill_tokens_per_s=1000)), "receipts": self.receipts}
-        self.router = KvRouter(config, reader, self.fleet, TokenReader(), **parts)
+        self.router = KvRouter(config, reader, self.fleet, TokenReader(), client=client, **parts)
         self.app = create_app(self.router, self.fleet, reader, **parts, readiness=Readiness())
 
     async def join(self, name: str, life: str = "first") -> Engine:

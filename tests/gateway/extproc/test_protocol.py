@@ -120,6 +120,7 @@ class Picker:
             SameReader(),
             rates=Rates(Profile(prefill_tokens_per_s=1000)),
             receipts=self.receipts,
+            client=client,
         )
         self.readiness = Readiness()
 

@@ -1,0 +1,137 @@
+import itertools
+
+import pytest
+
+from gateway.plan import Candidate, Demand, plan
+from gateway.profile import Profile
+from gateway.split import Wire, best_split, whole
+from kvindex.worker import Load, Role, WorkerState
+from tests.support.workers import make_worker
+
+WIRE = Wire(gb_per_s=1.0, latency_ms=1.0)
+FREE = Wire(gb_per_s=1e9, latency_ms=0.0)
+LONG = 8_000
+
+
+def candidate(
+    name: str,
+    role: Role = Role.BOTH,
+    *,
+    overlap: int = 0,
+    backlog: int = 0,
+    running: int = 0,
+    address: str = "10.0.0.1:7000",
+    budget: int = 2_000,
+) -> Candidate:
+    load = Load(waiting_prefill_tokens=backlog, running_requests=running)
+    worker = make_worker(
+        name, transfer_address=address, max_num_batched_tokens=budget, bytes_per_token=100_000
+    )
+    return Candidate(
+        worker=worker,
+        state=WorkerState(slot=0, load=load, charged_tokens=0, charged_requests=0),
+        role=role,
+        overlap_blocks=overlap,
+        profile=Profile(prefill_tokens_per_s=10_000),
+    )
+
+
+def split(*candidates: Candidate, num_tokens: int = LONG, wire: Wire = WIRE):
+    demand = Demand(num_tokens=num_tokens, num_lookup_tokens=num_tokens, model="tiny")
+    return best_split(demand, plan(demand, candidates, seed=0), wire)
+
+
+def names(found) -> tuple[str, str]:
+    return found.prefill.candidate.worker.worker_id, found.decode.candidate.worker.worker_id
+
+
+def test_an_idle_decode_worker_computes_the_prompt_itself():
+    assert split(candidate("p:1", Role.PREFILL), candidate("d:1", Role.DECODE)) is None
+
+
+def test_where_answers_run_the_prompt_is_computed_elsewhere():
+    found = split(candidate("p:1", Role.PREFILL), candidate("d:1", Role.DECODE, running=60))
+    assert names(found) == ("p:1", "d:1")
+
+
+def test_an_idle_worker_for_both_does_it_all():
+    assert split(candidate("busy:1", running=60), candidate("idle:1"), candidate("p:1", Role.PREFILL)) is None
+
+
+def test_a_short_prompt_stays_whole():
+    workers = candidate("p:1", Role.PREFILL), candidate("d:1", Role.DECODE, running=60)
+    assert split(*workers, num_tokens=LONG) is not None
+    assert split(*workers, num_tokens=10) is None
+
+
+def test_a_prompt_that_the_decode_worker_has_stays_whole():
+    blocks = (LONG - 1) // 16
+    workers = candidate("p:1", Role.PREFILL), candidate("d:1", Role.DECODE, running=60, overlap=blocks)
+    assert split(*workers) is None
+
+
+def test_blocks_that_the_decode_worker_has_are_not_on_the_wire():
+    prefill = candidate("p:1", Role.PREFILL, overlap=400)
+    without = split(prefill, candidate("d:1", Role.DECODE, running=600))
+    with_half = split(prefill, candidate("d:1", Role.DECODE, running=600, overlap=250))
+    assert with_half.terms.transfer_ms == pytest.approx(without.terms.transfer_ms / 2, rel=0.01)
+
+
+def test_the_wire_works_while_the_prompt_is_computed():
+    """800 MB at 1 GB/s take as long as 8,000 tokens at 10,000/s, in four steps: one is left at the end."""
+    found = split(candidate("p:1", Role.PREFILL), candidate("d:1", Role.DECODE, running=600))
+    assert found.terms.prefill_ms == pytest.approx(800)
+    assert found.terms.transfer_ms == pytest.approx(2 + 200)
+    slow = split(
+        candidate("p:1", Role.PREFILL),
+        candidate("d:1", Role.DECODE, running=600),
+        wire=Wire(gb_per_s=0.5, latency_ms=1.0),
+    )
+    assert slow.terms.transfer_ms == pytest.approx(2 + 1600 - 600)
+
+
+def test_a_slow_wire_keeps_requests_whole():
+    workers = candidate("p:1", Role.PREFILL), candidate("d:1", Role.DECODE, running=60)
+    assert split(*workers, wire=Wire(gb_per_s=0.1, latency_ms=1.0)) is None
+
+
+def test_the_queue_at_either_end_counts():
+    workers = candidate("p:1", Role.PREFILL, backlog=50_000), candidate("d:1", Role.DECODE, running=60)
+    assert split(*workers) is None
+    decoders = (
+        candidate("d:1", Role.DECODE, running=60, backlog=50_000),
+        candidate("d:2", Role.DECODE, running=61),
+    )
+    assert names(split(candidate("p:1", Role.PREFILL), *decoders)) == ("p:1", "d:2")
+
+
+def test_nobody_is_both_ends():
+    for roles in itertools.product(Role, repeat=3):
+        workers = [candidate(f"w{i}:1", role, running=60 * i) for i, role in enumerate(roles)]
+        found = split(*workers, wire=FREE)
+        if found is not None:
+            first, second = names(found)
+            assert first != second
+            assert found.prefill.candidate.role is not Role.DECODE
+            assert found.decode.candidate.role is not Role.PREFILL
+            assert found.terms.cost_ms == pytest.approx(
+                found.terms.prefill_ms
+                + found.terms.transfer_ms
+                + found.terms.decode_ms
+                + found.terms.others_ms
+            )
+
+
+def test_who_moves_no_kv_takes_no_part():
+    workers = candidate("p:1", Role.PREFILL, address=""), candidate("d:1", Role.DECODE, running=600)
+    assert split(*workers, wire=FREE) is None
+
+
+def test_whole_requests_go_to_those_who_decode_or_to_whoever_is_left():
+    demand = Demand(num_tokens=100, num_lookup_tokens=100, model="tiny")
+    choices = plan(
+        demand, [candidate("p:1", Role.PREFILL), candidate("d:1", Role.DECODE, backlog=9_000)], seed=0
+    )
+    assert [each.candidate.worker.worker_id for each in whole(choices)] == ["d:1"]
+    only = plan(demand, [candidate("p:1", Role.PREFILL)], seed=0)
+    assert whole(only) == only
