@@ -15,10 +15,11 @@ from gateway.replay.fleets import read_engine
 from gateway.replay.policies import PolicyName
 from gateway.replay.readers import read_trace
 from gateway.replay.report import Report, show
-from gateway.replay.run import play, summarize
-from gateway.replay.simulation import FleetSpec
+from gateway.replay.run import Summary, play, summarize
+from gateway.replay.simulation import FleetSpec, Outcome
 from gateway.replay.trace import Trace
 from gateway.replay.variations import VARIATIONS, Variation
+from kvindex.errors import ConfigError
 
 app = typer.Typer(add_completion=False, help="Simulate a fleet under recorded traffic.")
 
@@ -45,6 +46,9 @@ def replay(
     ] = None,
     ttft_target_ms: Annotated[float, typer.Option(min=1, help="What counts as goodput.")] = 2_000.0,
     seed: Annotated[int, typer.Option(help="The same seed gives the same result.")] = 0,
+    plots: Annotated[
+        Path | None, typer.Option(metavar="FOLDER", help="Also write PNG plots there (kvlane[plot]).")
+    ] = None,
     json_file: Annotated[
         Path | None, typer.Option("--json", metavar="FILE", help="Also write the figures there.")
     ] = None,
@@ -60,7 +64,7 @@ def replay(
     )
     names = policy or list(PolicyName)
     speeds = speed or [1.0]
-    summaries = []
+    summaries, outcomes = [], []
     columns = (
         SpinnerColumn(),
         *Progress.get_default_columns()[:2],
@@ -74,6 +78,7 @@ def replay(
             for name in names:
                 progress.update(bar, description=f"{name} at {faster.requests_per_s:.2f}/s")
                 outcome = play(name, fleet, faster, seed=seed, progress=lambda: progress.advance(bar))
+                outcomes.append(outcome)
                 summaries.append(summarize(name, faster, outcome, ttft_target_ms=ttft_target_ms))
     achievable = hit_rate(trace, pooled_hits(trace, workers * fleet.engine.num_blocks))
     report = Report(
@@ -85,5 +90,20 @@ def replay(
         summaries=tuple(summaries),
     )
     show(Console(), report)
+    if plots is not None:
+        _draw(plots, summaries, outcomes)
     if json_file is not None:
         json_file.write_bytes(msgspec.json.format(msgspec.json.encode(report), indent=2) + b"\n")
+
+
+def _draw(folder: Path, summaries: list[Summary], outcomes: list[Outcome]) -> None:
+    from gateway.replay.plots import draw
+
+    try:
+        draw(folder, summaries, outcomes)
+    except ModuleNotFoundError as error:
+        raise ConfigError(
+            f"--plots needs: pip install 'kvlane[plot]' (no module named {error.name})"
+        ) from error
+    except OSError as error:
+        raise ConfigError(f"--plots {folder}: {error}") from error

@@ -105,9 +105,13 @@ def test_the_command_writes_a_table_and_json(tmp_path):
         "--json",
         str(file),
     ]
+    options += ["--plots", str(tmp_path / "plots")]
     result = kvlane("replay", str(MOONCAKE), *options)
     assert result.returncode == 0, result.stderr
     assert "block" not in result.stdout
     assert "random" in result.stdout
     written = json.loads(file.read_text())
     assert [each["policy"] for each in written["summaries"]] == ["kvlane", "random"]
+    plots = sorted((tmp_path / "plots").iterdir())
+    assert [each.name for each in plots] == ["e2e.png", "goodput.png", "hit_rate.png", "load.png", "ttft.png"]
+    assert all(each.read_bytes().startswith(b"\x89PNG") for each in plots)
