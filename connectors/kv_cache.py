@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
+import ctypes
 from collections.abc import Sequence
 
-import numpy as np
 import torch
 
 from connectors.geometry import Chunk, Geometry, Layout, Wire, block_span, pieces
@@ -143,12 +143,14 @@ class KVCache:
 
 
 def _put_blocks(plane: torch.Tensor, ids: torch.Tensor, blocks: torch.Tensor) -> None:
-    """Write whole blocks. On a CPU by numpy, whose assignment of opaque items is a memcpy each: several times
-    faster.
+    """Write whole blocks.
+
+    On a CPU by memmove, which lets go of the interpreter so that the wire goes on meanwhile. `index_copy_`
+    copies numbers one by one and is slower; numpy is fast but keeps the wire waiting.
     """
-    if plane.is_cuda or not plane.is_contiguous():
+    if plane.is_cuda:
         plane.index_copy_(0, ids, blocks)
         return
-    item = np.dtype((np.void, plane[0].nbytes))
-    target = plane.flatten(1).view(torch.uint8).numpy().view(item)[:, 0]
-    target[ids.numpy()] = blocks.flatten(1).view(torch.uint8).numpy().view(item)[:, 0]
+    size, target, source = plane[0].nbytes, plane.data_ptr(), blocks.data_ptr()
+    for position, block in enumerate(ids.tolist()):
+        ctypes.memmove(target + block * size, source + position * size, size)

@@ -172,6 +172,10 @@ class KVMover:
 
     async def _start(self) -> None:
         config = self._config
+        if self._cache.device.type == "cuda":
+            # A transport works in the CUDA context of its thread.
+            torch.cuda.set_device(self._cache.device)
+            torch.cuda.synchronize()
         self._choice = TransportChoice(config.transport)
         self._copier = Copier(self._cache.device)
         self._sender = Sender(self._cache, self._transport, self._copier, config)

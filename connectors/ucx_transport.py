@@ -159,23 +159,27 @@ class UcxTransport:
     def _soon(self, delay_s: float = 0) -> None:
         if not self._is_due:
             self._is_due = True
-            self._loop.call_later(delay_s, self._progress)
+            if delay_s:
+                self._loop.call_later(delay_s, self._progress)
+            else:
+                self._loop.call_soon(self._progress)
 
     def _progress(self) -> None:
         """Do what UCX has to do, then have it wake this loop when there is more."""
         self._is_due = False
         if self._is_closed:
             return
+        has_moved = False
         for _ in range(ROUNDS_OF_PROGRESS):
             if not self._worker.progress_once():
                 break
-        if not self._worker.arm():
-            # There is more to do, or a peer's queue is full, which must not keep this loop from its other
-            # work.
-            self._num_busy_rounds += 1
-            self._soon(LAZY_POLLING_S if self._num_busy_rounds > EAGER_ROUNDS else 0)
-        else:
+            has_moved = True
+        if self._worker.arm():
             self._num_busy_rounds = 0
+        else:
+            # There is more to do, or a peer's queue is full, which must not keep this loop from other work.
+            self._num_busy_rounds = 0 if has_moved else self._num_busy_rounds + 1
+            self._soon(LAZY_POLLING_S if self._num_busy_rounds > EAGER_ROUNDS else 0)
         for request, (posted, _) in list(self._open.items()):
             if posted.completed:
                 del self._open[request]

@@ -142,6 +142,8 @@ class RawUcxEnd:
     async def _listen(self) -> int:
         import ucxx
 
+        if self._memory.is_cuda:
+            torch.cuda.synchronize()  # makes this thread's CUDA context
         ucxx.init(progress_mode="blocking")
 
         async def accept(endpoint: Any) -> None:  # noqa: ANN401 - an untyped library's
