@@ -18,9 +18,11 @@ import torch
 
 from connectors.errors import PeerLost
 from connectors.transport import Peer, Request
+from connectors.ucx_environment import tune
 from kvindex.errors import ConfigError
 
 try:
+    tune()
     from nixl._api import nixl_agent, nixl_agent_config, nixl_xfer_handle
 except ImportError as error:
     raise ConfigError(f"the transport nixl needs NIXL: pip install 'kvlane[nixl]' ({error})") from error

@@ -11,7 +11,6 @@ Source: UCXX 0.52 `ucxx/_lib_async/`, UCX 1.21 `ucp.h` (ucp_worker_arm).
 from __future__ import annotations
 
 import asyncio
-import os
 import secrets
 import zlib
 
@@ -20,21 +19,8 @@ import torch
 from connectors.buffers import exposed
 from connectors.errors import PeerLost
 from connectors.transport import Peer, Request
+from connectors.ucx_environment import tune
 from kvindex.errors import ConfigError
-
-ENVIRONMENT = {
-    "UCX_TCP_TX_SEG_SIZE": "256k",
-    "UCX_TCP_RX_SEG_SIZE": "256k",
-    "UCX_TCP_SNDBUF": "4m",
-    "UCX_TCP_RCVBUF": "4m",
-    # Without these UCX drops shared memory, in silence, wherever peer failure is to be noticed.
-    "UCX_POSIX_ERROR_HANDLING": "y",
-    "UCX_SYSV_ERROR_HANDLING": "y",
-    "UCX_WARN_UNUSED_ENV_VARS": "n",
-}
-"""What UCX reads when a context is made; interface settings cannot be given otherwise. What is set already
-stays.
-"""
 
 ROUNDS_OF_PROGRESS = 64
 """After so many the event loop gets its turn, busy or not."""
@@ -45,8 +31,7 @@ _TICKET_BYTES = 8
 _CHECKSUM_BYTES = 4
 
 try:
-    for _name, _value in ENVIRONMENT.items():
-        os.environ.setdefault(_name, _value)
+    tune()
     import ucxx  # noqa: F401 - loads the libraries
     from ucxx._lib import libucxx as ucx
     from ucxx._lib.arr import Array

@@ -16,6 +16,7 @@ from connectors.geometry import Geometry, Layout
 from connectors.kv_cache import KVCache
 from connectors.mover import KVMover
 from connectors.params import TransferParams, new_transfer_id
+from connectors.ucx_environment import tune
 
 NUM_LAYERS = 4
 BLOCK_SIZE = 16
@@ -33,15 +34,6 @@ GEOMETRY = Geometry(
 )
 NIXL_SELF = "NIXL_INIT_AGENT"
 """How NIXL calls the local side of a prepared list."""
-UCX_ENVIRONMENT = {
-    "UCX_TCP_TX_SEG_SIZE": "256k",
-    "UCX_TCP_RX_SEG_SIZE": "256k",
-    "UCX_TCP_SNDBUF": "4m",
-    "UCX_TCP_RCVBUF": "4m",
-    "UCX_POSIX_ERROR_HANDLING": "y",
-    "UCX_SYSV_ERROR_HANDLING": "y",
-    "UCX_WARN_UNUSED_ENV_VARS": "n",
-}
 
 
 def _layers(device: str, num_blocks: int) -> list[torch.Tensor]:
@@ -105,8 +97,7 @@ class RawUcxEnd:
     CHUNK_BYTES = 4 << 20
 
     def __init__(self, device: str, num_blocks: int) -> None:
-        for name, value in UCX_ENVIRONMENT.items():
-            os.environ.setdefault(name, value)
+        tune()
         self._memory = torch.ones(num_blocks * BLOCK_BYTES, dtype=torch.uint8, device=device)
         self._loop = asyncio.new_event_loop()
         self._endpoint: Any = None
@@ -176,8 +167,7 @@ class NixlEnd:
     """What vLLM's NixlConnector does: one descriptor per block and layer, prepared once, read by index."""
 
     def __init__(self, device: str, num_blocks: int) -> None:
-        for name, value in UCX_ENVIRONMENT.items():
-            os.environ.setdefault(name, value)
+        tune()
         from nixl._api import nixl_agent, nixl_agent_config
 
         self._num_blocks = num_blocks
