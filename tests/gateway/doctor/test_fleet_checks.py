@@ -15,7 +15,7 @@ from gateway.doctor.fleet_checks import (
 )
 from gateway.parity import Parity
 from kvindex.blocks import Pool
-from kvindex.worker import Load, RegisteredWorker
+from kvindex.worker import Load, RegisteredWorker, Role
 from tests.support.workers import make_worker
 
 ADMIN = "http://gateway:9003"
@@ -23,6 +23,7 @@ ADMIN = "http://gateway:9003"
 
 def registered(endpoint="10.0.0.1:8000", *, lease_left_ms=2_800, num_indexed_blocks=3, **fields):
     return RegisteredWorker(
+        role=Role.BOTH,
         worker=make_worker(endpoint, **fields),
         slot=0,
         lease_ms=3_000,
