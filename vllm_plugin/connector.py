@@ -84,6 +84,8 @@ class KvlaneConnector(KVConnectorBase_V1, SupportsHMA):
 
     def build_connector_meta(self, scheduler_output: SchedulerOutput) -> KVConnectorMetadata:
         """Return what the workers need to know of this step."""
+        if self.scheduler_side is not None:
+            self.scheduler_side.begin_step(scheduler_output)
         return (
             self._transfer.build_metadata(scheduler_output)
             if self._transfer is not None

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import re
 from collections import deque
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from typing import Protocol
 
 from kvindex.publisher import LoadReport
@@ -55,6 +55,14 @@ class LoadTracker:
         self._kv_usage = kv_usage
         self._live: dict[str, tuple[EngineRequest, int]] = {}
         self._accepted: deque[str] = deque(maxlen=_MOST_ACCEPTED)
+        self._under_way: Mapping[str, int] = {}
+
+    def begin_step(self, num_scheduled_tokens: Mapping[str, int]) -> None:
+        """Note what the next step computes, by request. On the engine's thread.
+
+        The engine counts these tokens as computed from now on; whoever is behind them waits all the same.
+        """
+        self._under_way = num_scheduled_tokens
 
     def add(self, request: EngineRequest) -> None:
         """Count a request in. On the engine's thread."""
@@ -74,14 +82,18 @@ class LoadTracker:
             accepted[self._accepted.popleft()] = None
         num_running = waiting_prefill_tokens = running_tokens = 0
         waiting_prefill_pairs = 0.0
+        under_way = self._under_way
         live = list(self._live.values())
         for request, num_cached_tokens in live:
-            num_computed_tokens = request.num_computed_tokens
+            num_scheduled_tokens = request.num_computed_tokens
             is_running = request.status.name == "RUNNING"
             num_running += is_running
-            if is_running and num_computed_tokens >= request.num_prompt_tokens:
-                running_tokens += num_computed_tokens
+            num_step_tokens = under_way.get(request.request_id, 0) if is_running else 0
+            if is_running and num_scheduled_tokens - num_step_tokens >= request.num_prompt_tokens:
+                running_tokens += num_scheduled_tokens
             else:
+                # On the average, half of the step is over.
+                num_computed_tokens = num_scheduled_tokens - num_step_tokens // 2
                 # A preempted request computes its output again as well, and at least one token is computed.
                 done_tokens = num_computed_tokens or num_cached_tokens
                 num_left = max(1, request.num_tokens - done_tokens)

@@ -19,6 +19,7 @@ from vllm_plugin.transfer_scheduler import TransferScheduler
 if TYPE_CHECKING:
     from vllm.config import VllmConfig
     from vllm.v1.core.block_pool import BlockPool
+    from vllm.v1.core.sched.output import SchedulerOutput
     from vllm.v1.kv_cache_interface import KVCacheConfig
     from vllm.v1.request import Request
 
@@ -102,6 +103,11 @@ class SchedulerSide:
             self.transfer.on_new_request(request)
         if self._load is not None:
             self._load.add(request)
+
+    def begin_step(self, output: SchedulerOutput) -> None:
+        """Note what the engine computes next."""
+        if self._load is not None:
+            self._load.begin_step(output.num_scheduled_tokens)
 
     def request_finished(self, request: Request) -> None:
         """Count the request out: finished, aborted or failed."""

@@ -29,6 +29,8 @@ class Job:
     decision_id: str = ""
     cached_tokens: int = 0
     computed_tokens: int = 0
+    step_tokens: int = 0
+    """Of the computed ones, those of the step under way."""
     first_token_ms: float = math.nan
     finished_ms: float = math.nan
     allocation: Allocation | None = None
@@ -108,9 +110,7 @@ class Engine:
         return Load(
             waiting_requests=len(self.waiting),
             running_requests=len(running) + len(self._decoding),
-            waiting_prefill_tokens=sum(
-                job.request.num_tokens - (job.computed_tokens or job.cached_tokens) for job in waiting
-            ),
+            waiting_prefill_tokens=sum(job.request.num_tokens - _done_tokens(job) for job in waiting),
             running_tokens=self._context_tokens,
             kv_usage=self.cache.num_used_blocks / self.cache.num_blocks,
             waiting_prefill_pairs=sum(_pairs_left(job) for job in waiting),
@@ -205,6 +205,7 @@ class Engine:
             return 0.0
         pairs = num_pairs(num_tokens, job.computed_tokens)
         job.computed_tokens += num_tokens
+        job.step_tokens = num_tokens
         allocation = job.allocation
         if allocation is not None and job.request.blocks:
             full = job.computed_tokens // self.spec.block_size
@@ -236,6 +237,14 @@ class Engine:
             self.wake_ms = max(now_ms, self._began_ms + self._stretch_ms(num_steps))
 
 
+def _done_tokens(job: Job) -> int:
+    """Return the tokens that the engine reports as computed: half of the step under way is over, it assumes.
+
+    Source: `vllm_plugin/load.py`.
+    """
+    return (job.computed_tokens - job.step_tokens // 2) or job.cached_tokens
+
+
 def _pairs_left(job: Job) -> float:
-    done_tokens = job.computed_tokens or job.cached_tokens
+    done_tokens = _done_tokens(job)
     return num_pairs(job.request.num_tokens - done_tokens, done_tokens)

@@ -54,6 +54,25 @@ def test_a_request_from_arrival_to_end():
     assert load.report().load == Load(kv_usage=0.25)
 
 
+def test_half_of_the_step_under_way_is_still_to_be_computed():
+    load, request = tracker(), Request("a", status=Status.RUNNING, num_computed_tokens=80)
+    load.add(request)
+    load.begin_step({"a": 60, "b": 900})
+    assert load.report().load == Load(
+        running_requests=1, waiting_prefill_tokens=50, waiting_prefill_pairs=50 * (50 + 25)
+    )
+    request.num_computed_tokens = 100
+    load.begin_step({"a": 20})
+    assert load.report().load.waiting_prefill_tokens == 10
+    # Its first token is out, and it decodes, with some drafted tokens.
+    request.num_output_tokens, request.num_computed_tokens = 1, 104
+    load.begin_step({"a": 4})
+    assert load.report().load == Load(running_requests=1, running_tokens=104)
+    load.begin_step({})
+    request.status, request.num_computed_tokens = Status.PREEMPTED, 0
+    assert load.report().load.waiting_prefill_tokens == 101
+
+
 def test_a_preempted_request_computes_its_output_again():
     load, request = (
         tracker(),

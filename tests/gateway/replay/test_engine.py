@@ -131,6 +131,6 @@ def test_the_load_is_what_is_waiting_and_what_is_decoding():
     engine.wake(engine.wake_ms)
     load = engine.load()
     assert load.running_requests == 2
-    assert load.waiting_prefill_tokens == 700 - 255
+    assert load.waiting_prefill_tokens == 700 - 255 + 255 // 2  # half of the step under way
     assert load.running_tokens >= 101
     assert not math.isinf(engine.wake_ms)
