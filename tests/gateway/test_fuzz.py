@@ -13,6 +13,7 @@ from gateway.extproc.metrics import REQUESTS
 from gateway.extproc.session import Session
 from gateway.fleet import Fleet
 from gateway.probe import ModelCard, worker_client
+from gateway.profile import Profile
 from gateway.protos import ext_proc_pb2 as wire
 from gateway.rates import Rates
 from gateway.receipts import Receipts
@@ -40,7 +41,13 @@ async def test_every_body_is_routed_or_refused_and_leaves_nothing():
         fleet = Fleet(config, MemoryIndexReader(memory), client)
         reader = PromptReader(lambda: fleet.snapshot.models)
         router = KvRouter(
-            config, MemoryIndexReader(memory), fleet, reader, rates=Rates(1000), receipts=Receipts(100)
+            config,
+            MemoryIndexReader(memory),
+            fleet,
+            reader,
+            rates=Rates(Profile(prefill_tokens_per_s=1000)),
+            receipts=Receipts(100),
+            client=client,
         )
         for name in ("a:1", "b:1"):
             MemoryIndexWriter(memory).open_slot(make_worker(name), lease_ms=3_600_000)
