@@ -76,6 +76,12 @@ def why(fleet: LocalFleet, decision_id: str, worker: str | None = None) -> dict[
     return next(each for each in findings if worker in (None, each["worker"]))
 
 
+def reachable(fleet: LocalFleet) -> set[str]:
+    """Return the workers that accept the gateway's connections."""
+    workers = httpx.get(f"{fleet.admin_url}/fleet").json()["workers"]
+    return {each["worker"]["endpoint"] for each in workers if each["reachable"]}
+
+
 def other(fleet: LocalFleet, worker: str) -> str:
     return fleet.engines[1 - fleet.engines.index(worker)]
 
@@ -176,6 +182,8 @@ def test_restarted_and_joined(fleet):
         lambda: (found := registered(fleet).get(worker)) and found.worker.incarnation != former, timeout_s=60
     )
     eventually(lambda: fleet.known_workers() == set(fleet.engines), timeout_s=30)
+    # It refused the gateway a moment ago, and is no candidate until it has been asked again.
+    eventually(lambda: reachable(fleet) == set(fleet.engines), timeout_s=30)
     found = why(fleet, ask(fleet, tokens)[0], worker)
     assert (found["reason"], found["earlier"]) == ("restarted", first)
     found = why(fleet, ask(fleet, meanwhile)[0], worker)
