@@ -93,7 +93,7 @@ class GatewayConfig(IndexConfig):
     silent_after_s: float = Field(
         30.0,
         gt=0,
-        description="A worker with a request as old as this and no answer since is checked; if it does not "
+        description="A worker that has requests and has ended none for this long is checked; if it does not "
         "answer that, others are preferred.",
     )
     parity_concurrency: int = Field(8, ge=1, description="Workers that are checked at the same time.")

@@ -104,15 +104,13 @@ class KvRouter:
         return self._requests
 
     def silent_workers(self) -> Collection[str]:
-        """Return the ids of workers that have let a request wait for long and ended none meanwhile."""
-        now = time.monotonic()
+        """Return the ids of workers that have requests, and have ended none for long."""
+        long_ago = time.monotonic() - self._config.silent_after_s
         oldest: dict[str, float] = {}
         for flight in self._in_flight.values():
             oldest.setdefault(flight.worker.worker_id, flight.since)
         return {
-            name
-            for name, since in oldest.items()
-            if now - since > self._config.silent_after_s and self._answered.get(name, since) <= since
+            name for name, since in oldest.items() if max(since, self._answered.get(name, since)) < long_ago
         }
 
     async def stop(self) -> None:

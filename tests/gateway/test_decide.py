@@ -322,6 +322,15 @@ async def test_a_worker_is_silent_while_requests_wait_and_none_is_answered(make)
     assert bench.router.silent_workers() == set()
 
 
+async def test_a_worker_that_ceases_to_answer_is_silent_whenever_its_last_answer_was(make):
+    bench = make(silent_after_s=0.05)
+    await bench.join("a:1")
+    answered, _ = await bench.decide(), await bench.decide()
+    await bench.router.finish(answered.decision_id, End.COMPLETE)
+    assert bench.router.silent_workers() == set()
+    await eventually(lambda: bench.router.silent_workers() == {"a:1"})
+
+
 async def test_a_known_outage_is_not_waited_for(bench):
     await bench.join("a:1")
     bench.index.away = True
