@@ -28,6 +28,19 @@ class Role(enum.StrEnum):
     BOTH = "both"
 
 
+class TierAccess(msgspec.Struct, frozen=True, kw_only=True):
+    """Which stores outside the engine a worker loads KV from, and how its chunks are named there."""
+
+    model: str
+    """As LMCache knows it: the engine's model, not its served name."""
+    chunk_size: int
+    """Tokens per chunk."""
+    world_size: int = 1
+    """Ranks that each have an object of their own for a chunk (`chunks.ChunkKey`)."""
+    stores: tuple[str, ...]
+    """Names of the stores (`stores.Store.name`)."""
+
+
 class Worker(msgspec.Struct, frozen=True, kw_only=True):
     """One data-parallel rank of an engine, as it registers itself.
 
@@ -54,6 +67,8 @@ class Worker(msgspec.Struct, frozen=True, kw_only=True):
     """`host:port` at which the first tensor-parallel rank sends KV; the others listen at the next ports."""
     tp_size: int = 1
     """Tensor-parallel ranks."""
+    tiers: TierAccess | None = None
+    """None where it loads from no store."""
     role: Role = Role.BOTH
     """As started; an operator may have given it another since (`RegisteredWorker.role`)."""
     labels: dict[str, str] = {}
