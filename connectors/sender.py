@@ -234,11 +234,23 @@ class Sender:
         here = self._cache.geometry
         wire = Wire.between(here, receiver.geometry, source)
         sent = first_token
-        while not (outgoing.is_computed and sent >= outgoing.num_ready_tokens):
-            ready = await self._wait_ready(outgoing, receiver, sent)
-            for chunk in plan_chunks(here, wire, range(sent, ready), self.ring.buffer_bytes):
-                await self._send_chunk(outgoing, receiver, wire, chunk)
-            sent = ready
+        gathering: set[asyncio.Task[None]] = set()
+        try:
+            while not (outgoing.is_computed and sent >= outgoing.num_ready_tokens):
+                ready = await self._wait_ready(outgoing, receiver, sent)
+                for chunk in plan_chunks(here, wire, range(sent, ready), self.ring.buffer_bytes):
+                    index = await self.ring.acquire(self._config.chunk_timeout_s)
+                    work = self._send_chunk(outgoing, receiver, wire, chunk, index)
+                    gathering.add(asyncio.create_task(work))
+                    for task in [task for task in gathering if task.done()]:
+                        gathering.remove(task)
+                        task.result()
+                sent = ready
+        finally:
+            outcomes = await asyncio.gather(*gathering, return_exceptions=True)
+        for outcome in outcomes:
+            if outcome is not None:
+                raise outcome
 
     async def _wait_ready(self, outgoing: Outgoing, receiver: Receiver, sent: int) -> int:
         """Return up to where can be sent, further than `sent`: whole blocks, but for the last one."""
@@ -261,8 +273,9 @@ class Sender:
         if receiver.channel.lost.done():
             raise receiver.channel.lost.result()
 
-    async def _send_chunk(self, outgoing: Outgoing, receiver: Receiver, wire: Wire, chunk: Chunk) -> None:
-        index = await self.ring.acquire(self._config.chunk_timeout_s)
+    async def _send_chunk(
+        self, outgoing: Outgoing, receiver: Receiver, wire: Wire, chunk: Chunk, index: int
+    ) -> None:
         buffer = self.ring.memory[index][: wire.chunk_bytes(self._cache.geometry, chunk)]
         request = None
         try:

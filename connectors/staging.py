@@ -1,4 +1,4 @@
-"""Staging: a bounded ring of buffers between cache and wire, and the thread that copies to and from them."""
+"""Staging: a bounded ring of buffers between cache and wire, and who copies to and from them."""
 
 from __future__ import annotations
 
@@ -6,7 +6,6 @@ import asyncio
 from collections import deque
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import nullcontext
 from typing import Any
 
 import torch
@@ -116,10 +115,10 @@ class StagingRing:
 
 
 class Copier:
-    """A thread that copies between cache and staging, so that the event loop can look after the wire
-    meanwhile.
+    """Copies between cache and staging. On one event loop, which looks after the wire meanwhile.
 
-    On a GPU it has a stream of its own. A copy is complete when `run` returns.
+    On a CPU a thread copies. On a GPU the copy is enqueued on a stream of its own by the event loop itself,
+    which then asks for its end: handing it to a thread and back takes longer than the copy.
     """
 
     def __init__(self, device: torch.device) -> None:
@@ -130,18 +129,18 @@ class Copier:
         self._executor = ThreadPoolExecutor(1, "kvlane-copy", initializer=lambda: torch.set_num_threads(1))
 
     async def run(self, copy: Callable[[], None], after: torch.cuda.Event | None = None) -> None:
-        """Run `copy`, on a GPU after the work that `after` marks."""
-        await asyncio.get_running_loop().run_in_executor(self._executor, self._run, copy, after)
+        """Run `copy`, on a GPU after the work that `after` marks; return when it is complete."""
+        if self._stream is None:
+            await asyncio.get_running_loop().run_in_executor(self._executor, copy)
+            return
+        with torch.cuda.stream(self._stream):
+            if after is not None:
+                self._stream.wait_event(after)
+            copy()
+            copied = self._stream.record_event()
+        while not copied.query():
+            await asyncio.sleep(0)
 
     def close(self) -> None:
         """End the thread when its copies are done. Idempotent."""
         self._executor.shutdown()
-
-    def _run(self, copy: Callable[[], None], after: torch.cuda.Event | None) -> None:
-        stream = torch.cuda.stream(self._stream) if self._stream else nullcontext()
-        with stream:
-            if self._stream and after is not None:
-                self._stream.wait_event(after)
-            copy()
-            if self._stream:
-                self._stream.synchronize()
