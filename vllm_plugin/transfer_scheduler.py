@@ -35,6 +35,7 @@ class TransferScheduler:
 
     def __init__(self) -> None:
         self._sending: dict[str, _Sending] = {}
+        self._unopened: list[_Sending] = []
         self._receiving: dict[str, TransferParams] = {}
         """Requests whose blocks are being filled, or were."""
         self._next = KvlaneMetadata()
@@ -44,7 +45,8 @@ class TransferScheduler:
         params = self._params(request)
         if params is not None and params.role == "send":
             send = Send(request.request_id, params.transfer_id, request.num_prompt_tokens)
-            self._sending[request.request_id] = _Sending(send)
+            sending = self._sending[request.request_id] = _Sending(send)
+            self._unopened.append(sending)
 
     def num_external_tokens(self, request: Request, num_computed_tokens: int) -> int:
         """Return how many tokens after the first `num_computed_tokens` another engine will send."""
@@ -68,26 +70,29 @@ class TransferScheduler:
         )
 
     def build_metadata(self, output: SchedulerOutput) -> KvlaneMetadata:
-        """Return what the workers need to know of a step, and begin the next."""
+        """Return what the workers need to know of a step, and begin the next.
+
+        A request that is to be sent is named before it is scheduled: its receiver may ask for it by then.
+        """
         metadata, self._next = self._next, KvlaneMetadata()
+        for sending in self._unopened:
+            sending.is_open = True
+            metadata.sends.append(sending.send)
+        self._unopened.clear()
         for request_id in compat.preempted(output):
-            if (sending := self._sending.get(request_id)) is not None and sending.is_open:
-                metadata.suspended.append(sending.send.transfer_id)
+            if (preempted := self._sending.get(request_id)) is not None:
+                metadata.suspended.append(preempted.send.transfer_id)
         for step in compat.scheduled(output):
-            sending = self._sending.get(step.request_id)
-            if sending is None:
+            if (computing := self._sending.get(step.request_id)) is None:
                 continue
             if step.are_all_blocks:
-                sending.block_ids = []
-            sending.block_ids.extend(step.block_ids)
-            if not sending.is_open:
-                sending.is_open = True
-                metadata.sends.append(sending.send)
-            num_tokens = sending.send.num_tokens
+                computing.block_ids = []
+            computing.block_ids.extend(step.block_ids)
+            num_tokens = computing.send.num_tokens
             metadata.computed.append(
                 Computed(
-                    sending.send.transfer_id,
-                    list(sending.block_ids),
+                    computing.send.transfer_id,
+                    list(computing.block_ids),
                     min(step.num_computed_tokens, num_tokens),
                     min(step.num_computed_tokens + step.num_scheduled_tokens, num_tokens),
                 )
@@ -105,6 +110,8 @@ class TransferScheduler:
         sending = self._sending.pop(request.request_id, None)
         if sending is None:
             return False
+        if not sending.is_open:
+            self._unopened.remove(sending)
         if request.num_computed_tokens < sending.send.num_tokens:
             self._next.aborted.append(sending.send.transfer_id)
         return sending.is_open

@@ -76,9 +76,11 @@ class WorkerSide:
         for send in metadata.sends:
             self._sends.add(send.request_id)
             self._mover.open_send(send.request_id, send.transfer_id, send.num_tokens)
+        # With async scheduling the steps before this one may be on the GPU still.
+        event = compat.record_event() if metadata.computed else None
         for step in metadata.computed:
             if step.num_tokens_before:
-                self._mover.computed(step.transfer_id, step.block_ids, step.num_tokens_before, None)
+                self._mover.computed(step.transfer_id, step.block_ids, step.num_tokens_before, event)
         for receive in metadata.receives:
             self._mover.receive(
                 receive.request_id,

@@ -35,6 +35,7 @@ from tests.support.waiting import eventually
 PATIENCE_S = 60.0
 MODEL = "tiny"
 NUM_BLOCKS = 40
+CHUNK_BYTES = 16_384
 GEOMETRY = Geometry(
     layout=Layout.NHD, num_layers=3, block_size=8, num_heads=4, head_size=16, dtype="float32", itemsize=4
 )
@@ -51,7 +52,7 @@ class Rank:
         self.base_port = port
         self.port = port + geometry.tp_rank
         self.geometry = geometry
-        settings = {"transport": "ucx", "chunk_bytes": 16_384, "staging_chunks": 2, **settings}
+        settings = {"transport": "ucx", "chunk_bytes": CHUNK_BYTES, "staging_chunks": 2, **settings}
         config = TransferConfig(
             transfer_port=port, transfer_host="127.0.0.1", staging_poison=True, **settings
         )
@@ -201,6 +202,17 @@ async def test_other_block_sizes_are_converted(start: Start):
     assert torch.equal(receiver.rows(blocks, range(4, 43)), sender.rows(SENT, range(4, 43)))
 
 
+@pytest.mark.parametrize("sizes", [(4_096, CHUNK_BYTES), (CHUNK_BYTES, 4_096)])
+async def test_of_two_sizes_of_chunks_the_smaller_is_used(start: Start, sizes: tuple[int, int]):
+    sender, receiver = (start(chunk_bytes=size) for size in sizes)
+    transfer_id = new_transfer_id()
+    sender.mover.open_send("p", transfer_id, 45)
+    receiver.receive("d", sender, transfer_id, RECEIVED, range(45))
+    sender.mover.computed(transfer_id, SENT, 45, None)
+    assert await receiver.received("d") == set()
+    assert torch.equal(receiver.rows(RECEIVED, range(45)), sender.rows(SENT, range(45)))
+
+
 async def test_many_transfers_share_a_connection_and_the_staging(start: Start):
     sender, receiver = start(), start()
     jobs = {new_transfer_id(): [block] for block in range(20)}
@@ -336,7 +348,7 @@ class TestFailures:
         host = ("127.0.0.1", sender.port)
         other = msgspec.structs.replace(GEOMETRY, **geometry)
         transports = [settings.get("transport", "ucx")]
-        answer = await talk(host, encode(Hello(PROTOCOL_VERSION, MODEL, other, transports)))
+        answer = await talk(host, encode(Hello(PROTOCOL_VERSION, MODEL, other, transports, CHUNK_BYTES)))
         assert isinstance(answer, Refused)
         assert ("no common transport: ucx here, nixl-ucx there" in answer.reason) == bool(settings)
         await self.clean(sender)
@@ -360,11 +372,12 @@ BAD = {
     "too large": (MAX_FRAME_BYTES + 1).to_bytes(4, "big"),
     "http": b"GET / HTTP/1.1\r\nHost: x\r\n\r\n",
     "not msgpack": (4).to_bytes(4, "big") + b"\xc1\xc1\xc1\xc1",
-    "cut off": encode(Hello(PROTOCOL_VERSION, MODEL, GEOMETRY, ["ucx"]))[:-3],
+    "cut off": encode(Hello(PROTOCOL_VERSION, MODEL, GEOMETRY, ["ucx"], CHUNK_BYTES))[:-3],
     "wrong order": encode(Subscribe(new_transfer_id(), 0)),
     "silence": b"",
-    "other version": encode(Hello(PROTOCOL_VERSION + 1, MODEL, GEOMETRY, ["ucx"])),
-    "other model": encode(Hello(PROTOCOL_VERSION, "huge", GEOMETRY, ["ucx"])),
+    "other version": encode(Hello(PROTOCOL_VERSION + 1, MODEL, GEOMETRY, ["ucx"], CHUNK_BYTES)),
+    "too small for a block": encode(Hello(PROTOCOL_VERSION, MODEL, GEOMETRY, ["ucx"], 4_095)),
+    "other model": encode(Hello(PROTOCOL_VERSION, "huge", GEOMETRY, ["ucx"], CHUNK_BYTES)),
 }
 
 
@@ -383,7 +396,7 @@ async def test_bad_peers_are_refused_and_others_served(start: Start, name: str):
 async def test_a_bad_address_or_message_after_the_greeting(start: Start):
     sender = start(peer_timeout_s=0.5)
     reader, writer = await asyncio.open_connection("127.0.0.1", sender.port)
-    writer.write(encode(Hello(PROTOCOL_VERSION, MODEL, GEOMETRY, ["ucx"])))
+    writer.write(encode(Hello(PROTOCOL_VERSION, MODEL, GEOMETRY, ["ucx"], CHUNK_BYTES)))
     size = int.from_bytes(await reader.readexactly(4), "big")
     assert isinstance(decode(await reader.readexactly(size)), Welcome)
     writer.write(encode(Ready(b"nonsense")))

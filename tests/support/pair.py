@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import json
 import re
+from collections import defaultdict
 from collections.abc import Iterator, Mapping
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import ExitStack, contextmanager
@@ -14,10 +15,12 @@ from typing import Any
 import httpx
 
 from connectors.params import new_transfer_id
-from tests.support.ports import free_ports
+from tests.support.ports import adjacent_ports, free_ports
 from tests.support.vllm_engine import MODEL_NAME, Engine, start_engine, tiny_model
 
 PATIENCE_S = 120.0
+_OF_VLLM = "kv_cache_usage_perc|prefix_cache_hits_total|spec_decode_num_draft_tokens_total"
+_SAMPLE = re.compile(rf"(kvlane_transfer\w*(?:{{.*?}})?|vllm:(?:{_OF_VLLM})){{?.*?}}? ([-+.e\d]+)$")
 
 
 @dataclass(frozen=True, slots=True)
@@ -27,6 +30,7 @@ class TransferEngine:
     engine: Engine
     transfer_port: int
     metrics_port: int
+    tp_size: int = 1
 
     @property
     def peer(self) -> str:
@@ -46,16 +50,14 @@ class TransferEngine:
         return tokens
 
     async def metrics(self) -> dict[str, float]:
-        """Return the connector's metrics, by name and labels, and vLLM's share of the KV cache in use."""
+        """Return the connector's metrics, by name and labels, summed over ranks, and some of vLLM's."""
+        ports = [self.engine.port, *range(self.metrics_port, self.metrics_port + self.tp_size)]
+        values: dict[str, float] = defaultdict(float)
         async with httpx.AsyncClient(timeout=PATIENCE_S) as client:
-            ours = await client.get(f"http://127.0.0.1:{self.metrics_port}/metrics")
-            theirs = await client.get(f"{self.engine.url}/metrics")
-        values = {}
-        for line in (ours.text + theirs.text).splitlines():
-            if found := re.match(
-                r"(kvlane_transfer\w*(?:{.*?})?|vllm:kv_cache_usage_perc){?.*?}? ([-+.e\d]+)$", line
-            ):
-                values[found[1].replace('"', "")] = float(found[2])
+            for port in ports:
+                for line in (await client.get(f"http://127.0.0.1:{port}/metrics")).text.splitlines():
+                    if found := _SAMPLE.match(line):
+                        values[found[1].replace('"', "")] += float(found[2])
         return values
 
     async def is_clean(self) -> bool:
@@ -65,16 +67,20 @@ class TransferEngine:
             now["kvlane_transfer_live{role=send}"] == now["kvlane_transfer_live{role=receive}"] == 0
             and now["kvlane_transfer_quarantined_buffers{role=send}"] == 0
             and now["kvlane_transfer_quarantined_buffers{role=receive}"] == 0
-            and now["kvlane_transfer_free_buffers{role=send}"] == 8
-            and now["kvlane_transfer_free_buffers{role=receive}"] == 8
+            and now["kvlane_transfer_free_buffers{role=send}"] == 8 * self.tp_size
+            and now["kvlane_transfer_free_buffers{role=receive}"] == 8 * self.tp_size
             and now["vllm:kv_cache_usage_perc"] == 0
         )
 
 
 @contextmanager
-def transfer_engine(redis_url: str, settings: Mapping[str, Any], *arguments: str) -> Iterator[TransferEngine]:
+def transfer_engine(
+    redis_url: str, settings: Mapping[str, Any], *arguments: str, tp_size: int = 1
+) -> Iterator[TransferEngine]:
     """Run an engine with these `kvlane.` settings."""
-    port, transfer_port, metrics_port = free_ports(3)
+    (port,) = free_ports(1)
+    transfer_port = adjacent_ports(2 * tp_size)
+    metrics_port = transfer_port + tp_size
     extra = {
         "kvlane.endpoint": f"127.0.0.1:{port}",
         "kvlane.transfer_port": transfer_port,
@@ -85,11 +91,11 @@ def transfer_engine(redis_url: str, settings: Mapping[str, Any], *arguments: str
     config = {"kv_connector_extra_config": extra}
     with start_engine(
         port,
-        *("--kv-transfer-config", json.dumps(config), *arguments),
+        *("--kv-transfer-config", json.dumps(config), "--tensor-parallel-size", str(tp_size), *arguments),
         command=("kvlane", "serve"),
         env={"KVLANE_REDIS_URL": redis_url, "UCX_TLS": "tcp,self"},
     ) as engine:
-        yield TransferEngine(engine, transfer_port, metrics_port)
+        yield TransferEngine(engine, transfer_port, metrics_port, tp_size)
 
 
 @dataclass(frozen=True, slots=True)
@@ -103,7 +109,14 @@ class Pair:
         """Return the output of a disaggregated completion: both halves are sent at once."""
         transfer_id = new_transfer_id()
         send = {"kvlane": {"transfer_id": transfer_id, "role": "send"}}
-        receive = {"kvlane": {"transfer_id": transfer_id, "role": "receive", "peer": self.prefill.peer}}
+        receive = {
+            "kvlane": {
+                "transfer_id": transfer_id,
+                "role": "receive",
+                "peer": self.prefill.peer,
+                "peer_tp_size": self.prefill.tp_size,
+            }
+        }
         _, tokens = await asyncio.gather(
             self.prefill.complete(prompt, 1, kv_transfer_params=send, **fields),
             self.decode.complete(prompt, max_tokens, kv_transfer_params=receive, **fields),

@@ -83,11 +83,18 @@ class TestSending:
         assert scheduler.request_finished(sent)
         assert scheduler.build_metadata(step()).aborted == [ID]
 
-    def test_one_that_never_ran_has_no_blocks_but_its_receiver_is_told(self):
+    def test_one_that_waits_is_named_so_that_its_receiver_may_wait_as_well(self):
+        scheduler, sent = TransferScheduler(), request(SEND)
+        scheduler.on_new_request(sent)
+        assert scheduler.build_metadata(step()) == KvlaneMetadata(sends=[Send("r", ID, 100)])
+        assert scheduler.request_finished(sent)
+        assert scheduler.build_metadata(step()) == KvlaneMetadata(aborted=[ID])
+
+    def test_one_that_was_never_named_is_forgotten_but_its_receiver_is_told(self):
         scheduler, sent = TransferScheduler(), request(SEND)
         scheduler.on_new_request(sent)
         assert not scheduler.request_finished(sent)
-        assert scheduler.build_metadata(step()).aborted == [ID]
+        assert scheduler.build_metadata(step()) == KvlaneMetadata(aborted=[ID])
 
 
 class TestReceiving:
