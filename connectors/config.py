@@ -5,6 +5,9 @@ from __future__ import annotations
 from pydantic import Field
 from pydantic_settings import BaseSettings, SettingsConfigDict
 
+DEFAULT_CHUNK_BYTES = {"cuda": 32 << 20}
+"""By type of device; on a GPU a chunk costs its launches and waits, whatever its size."""
+
 
 class TransferConfig(BaseSettings):
     """Keys of `kv_connector_extra_config` arrive here as `kvlane.<name>`; `KVLANE_<NAME>` overrides."""
@@ -23,7 +26,12 @@ class TransferConfig(BaseSettings):
     transport: str = Field(
         "auto", description="ucx, nixl-ucx, nixl-libfabric, several separated by commas, or auto."
     )
-    chunk_bytes: int = Field(4 << 20, ge=4096, description="Size of a staging buffer, and so of a message.")
+    chunk_bytes: int | None = Field(
+        None,
+        ge=4096,
+        description="Size of a staging buffer, and of a message to a peer whose buffers are not smaller. "
+        "Default: 4 MiB on a CPU, 32 MiB on a GPU.",
+    )
     staging_chunks: int = Field(
         8,
         ge=2,
@@ -47,3 +55,7 @@ class TransferConfig(BaseSettings):
     chunk_timeout_s: float = Field(
         30.0, gt=0, description="Longest wait for a chunk: to be computed, for a buffer, or on the wire."
     )
+
+    def buffer_bytes(self, device_type: str) -> int:
+        """Return the size of a staging buffer on a type of device."""
+        return self.chunk_bytes or DEFAULT_CHUNK_BYTES.get(device_type, 4 << 20)

@@ -26,6 +26,8 @@ class Hello(Message, frozen=True):
     """What must be equal for the numbers to mean the same: name and quantisation."""
     geometry: Geometry
     transports: list[str]
+    chunk_bytes: int
+    """What fits into one of my staging buffers."""
 
 
 class Welcome(Message, frozen=True):

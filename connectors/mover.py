@@ -57,7 +57,8 @@ class KVMover:
         geometry = cache.geometry
         geometry.check()
         needed = geometry.block_size * geometry.row_bytes(len(geometry.heads))
-        if needed > config.chunk_bytes:
+        self._chunk_bytes = config.buffer_bytes(cache.device.type)
+        if needed > self._chunk_bytes:
             raise ConfigError(f"kvlane.chunk_bytes must be at least {needed}: one layer of one block")
         self._model = model
         self._cache = cache
@@ -276,14 +277,24 @@ class KVMover:
         transport = self._open(name)
         channel.send(Welcome(self._cache.geometry, name, transport.address))
         ready = await channel.expect(Ready, timeout_s)
-        return ReceiverRank(channel, hello.geometry, transport.connect(channel.name, ready.address))
+        peer = transport.connect(channel.name, ready.address)
+        return ReceiverRank(channel, hello.geometry, peer, min(self._chunk_bytes, hello.chunk_bytes))
 
     def _refusal(self, hello: Hello) -> str | None:
         if hello.version != PROTOCOL_VERSION:
             return f"protocol version {PROTOCOL_VERSION} here and {hello.version} there"
         if hello.model != self._model:
             return f"the model is {self._model} here and {hello.model} there"
-        return mismatch(self._cache.geometry, hello.geometry)
+        geometry = self._cache.geometry
+        if reason := mismatch(geometry, hello.geometry):
+            return reason
+        num_heads = min(len(geometry.heads), len(hello.geometry.heads))
+        needed = geometry.block_size * geometry.row_bytes(num_heads)
+        if needed > hello.chunk_bytes:
+            return (
+                f"blocks of this engine need kvlane.chunk_bytes of {needed}, it is {hello.chunk_bytes} there"
+            )
+        return None
 
     # As receiver: connect to senders
 
@@ -307,7 +318,9 @@ class KVMover:
         channel = Channel(reader, writer, timeout_s)
         self._channels.add(channel)
         try:
-            channel.send(Hello(PROTOCOL_VERSION, self._model, geometry, self._choice.names))
+            channel.send(
+                Hello(PROTOCOL_VERSION, self._model, geometry, self._choice.names, self._chunk_bytes)
+            )
             welcome = await channel.expect(Welcome, timeout_s)
             if welcome.transport not in self._choice.names:
                 raise PeerRefused(f"{channel.name}: this side cannot use the transport {welcome.transport}")

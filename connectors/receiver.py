@@ -80,7 +80,10 @@ class Receiver:
         self._copier = copier
         self._config = config
         self.ring = StagingRing(
-            config.staging_chunks, config.chunk_bytes, cache.device, poison=config.staging_poison
+            config.staging_chunks,
+            config.buffer_bytes(cache.device.type),
+            cache.device,
+            poison=config.staging_poison,
         )
         self._live: dict[str, Incoming] = {}
         self._drops: set[asyncio.Task[None]] = set()

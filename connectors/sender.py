@@ -37,6 +37,8 @@ class Receiver:
     channel: Channel
     geometry: Geometry
     peer: Peer
+    chunk_bytes: int
+    """Most that a chunk for it may have: what fits into a buffer at both ends."""
 
 
 @dataclass(eq=False)
@@ -88,7 +90,10 @@ class Sender:
         self._copier = copier
         self._config = config
         self.ring = StagingRing(
-            config.staging_chunks, config.chunk_bytes, cache.device, poison=config.staging_poison
+            config.staging_chunks,
+            config.buffer_bytes(cache.device.type),
+            cache.device,
+            poison=config.staging_poison,
         )
         self._live: dict[str, Outgoing] = {}
         self._used: OrderedDict[str, None] = OrderedDict()
@@ -238,7 +243,7 @@ class Sender:
         try:
             while not (outgoing.is_computed and sent >= outgoing.num_ready_tokens):
                 ready = await self._wait_ready(outgoing, receiver, sent)
-                for chunk in plan_chunks(here, wire, range(sent, ready), self.ring.buffer_bytes):
+                for chunk in plan_chunks(here, wire, range(sent, ready), receiver.chunk_bytes):
                     index = await self.ring.acquire(self._config.chunk_timeout_s)
                     work = self._send_chunk(outgoing, receiver, wire, chunk, index)
                     gathering.add(asyncio.create_task(work))
