@@ -138,7 +138,7 @@ class Copier:
                 self._stream.wait_event(after)
             copy()
             copied = self._stream.record_event()
-        while not copied.query():
+        while not copied.query():  # noqa: ASYNC110 - a GPU's event can only be asked
             await asyncio.sleep(0)
 
     def close(self) -> None:
