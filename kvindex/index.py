@@ -6,7 +6,7 @@ suite, `tests/kvindex/test_index_contract.py`, holds for both.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Protocol
 
 from kvindex.blocks import BlockHash, Pool
@@ -37,6 +37,10 @@ FIRST_OPENING = Opening()
 NOTHING_NEW = Sample((), ())
 
 
+def nothing() -> None:
+    """Do nothing."""
+
+
 class IndexWriter(Protocol):
     """A publisher's side: blocking calls, made from one thread of the process that owns the cache.
 
@@ -57,7 +61,14 @@ class IndexWriter(Protocol):
                 is off.
         """
 
-    def apply(self, pool: Pool, slot: int, incarnation: str, *batches: Batch) -> SlotState:
+    def apply(
+        self,
+        pool: Pool,
+        slot: int,
+        incarnation: str,
+        *batches: Batch,
+        meanwhile: Callable[[], None] = nothing,
+    ) -> SlotState:
         """Apply each batch if it follows the last one; a batch already applied changes nothing.
 
         Every batch is a write of its own, and others' calls go between. After an error it is unknown how
@@ -65,6 +76,8 @@ class IndexWriter(Protocol):
 
         Args:
             batches: at least one, by ascending sequence.
+            meanwhile: called while the index is at work, any number of times; raises nothing, and calls
+                nothing of this writer.
 
         Returns:
             The slot after the last of them.

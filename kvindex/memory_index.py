@@ -17,7 +17,7 @@ from typing import TypeVar
 from kvindex.blocks import BlockHash, Pool
 from kvindex.errors import SlotLost, WorkerConflict
 from kvindex.history import EventKind, Opening, PoolEvent, Removal
-from kvindex.index import FIRST_OPENING, NOTHING_NEW
+from kvindex.index import FIRST_OPENING, NOTHING_NEW, nothing
 from kvindex.keys import ABANDONED_AFTER_LEASES, LOG_EVENTS, LOG_REMOVALS
 from kvindex.pending import MOST_PENDING, Pending, Sample
 from kvindex.worker import (
@@ -210,8 +210,16 @@ class MemoryIndexWriter:
         pool.note(because.kind, number, worker, because.detail, now_ms)
         return number
 
-    def apply(self, pool: Pool, slot: int, incarnation: str, *batches: Batch) -> SlotState:
+    def apply(
+        self,
+        pool: Pool,
+        slot: int,
+        incarnation: str,
+        *batches: Batch,
+        meanwhile: Callable[[], None] = nothing,
+    ) -> SlotState:
         """See `IndexWriter`."""
+        meanwhile()
         target = self._slot(pool, slot, incarnation)
         for batch in batches:
             if batch.sequence > target.sequence + 1:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import math
 import random
 import threading
 import time
@@ -32,6 +33,7 @@ _MOST_ACCEPTED = 10_000
 _STOP_PATIENCE_S = 5.0
 _READ_BACK_S = 0.5
 _MOST_NAMED = 5
+_NEVER_S = -math.inf
 # Skipped blocks that somebody should know of: nothing of this kind will ever be routed to.
 _ALARMING = {
     "block_size": "the engine's KV events are about blocks of another size",
@@ -96,12 +98,16 @@ class Publisher:
         self._settle_older_than_ms = settle_older_than_ms
         self._state = BlockState(worker.model, worker.block_size)
         self._outbox = Outbox()
+        self._ahead: deque[EngineEvent | EventsLost] = deque()
+        """Read and not yet taken, in order."""
         self._slot: int | None = None
         self._opening = FIRST_OPENING
         self._accepted: deque[str] = deque(maxlen=_MOST_ACCEPTED)
         self._reported: Load | None = None
         self._unwritten_since_s: float | None = None
-        self._wrote_at_s = self._looked_at_s = self._beat_at_s = self._audit_at_s = self._retry_at_s = 0.0
+        self._wrote_at_s = self._looked_at_s = self._beat_at_s = self._audit_at_s = self._retry_at_s = (
+            _NEVER_S
+        )
         self._turn = 0
         self._backoff_s = _FIRST_BACKOFF_S
         self._failing_with: type[IndexUnavailable] | None = None
@@ -147,20 +153,29 @@ class Publisher:
             # What the engine says until then is written with it: to wake up for that is most of the cost.
             self._stopping.wait(patience_s)
             patience_s = 0.0
-        try:
-            events = self._source.poll(patience_s)
-        except EventsLost as error:
-            self._log.warning("KV events lost; starting over", reason=str(error))
-            self._forget("events_lost", str(error))
-            return
-        for event in events:
-            self._take(event)
+        if not self._ahead:
+            self._read(patience_s)
+        while self._ahead:
+            self._take(self._ahead.popleft())
         if self._state.skipped:
             self._count_skipped()
         if self._outbox and self._unwritten_since_s is None:
             self._unwritten_since_s = time.monotonic()
 
-    def _take(self, event: EngineEvent) -> None:
+    def _read(self, patience_s: float) -> None:
+        try:
+            self._ahead.extend(self._source.poll(patience_s))
+        except EventsLost as error:
+            self._ahead.append(error)
+
+    def _read_on(self) -> None:
+        """Follow the engine while the index applies a write; what ends the slot waits until that is done."""
+        if not self._ahead:
+            self._read(0.0)
+        while self._ahead and isinstance(self._ahead[0], BlockStored | BlockRemoved):
+            self._take(self._ahead.popleft())
+
+    def _take(self, event: EngineEvent | EventsLost) -> None:
         match event:
             case BlockStored():
                 stored = self._state.store(event)
@@ -172,6 +187,9 @@ class Publisher:
                 self._num_removed.inc(len(removed))
             case AllBlocksCleared():
                 self._forget("cleared")
+            case EventsLost():
+                self._log.warning("KV events lost; starting over", reason=str(event))
+                self._forget("events_lost", str(event))
 
     def _patience_s(self) -> float:
         """Return how long nothing needs doing unless the engine says something."""
@@ -243,7 +261,7 @@ class Publisher:
         self._unwritten_since_s = time.monotonic() - self._config.flush_ms / 1000 if self._outbox else None
         self._num_conflicts = 0
         self._reported = None
-        self._looked_at_s = 0.0
+        self._looked_at_s = _NEVER_S
         self._log.info("registered", slot=self._slot, num_blocks=self._state.num_blocks)
 
     def _forget(self, reason: str, detail: str = "") -> None:
@@ -259,7 +277,7 @@ class Publisher:
         self._slot = None
         self._opening = Opening(_KINDS.get(reason, EventKind.RESYNC), detail)
         self._outbox = Outbox()
-        self._looked_at_s = 0.0
+        self._looked_at_s = _NEVER_S
         metrics.RESYNCS.labels(self._worker.worker_id, reason).inc()
 
     def _write(self) -> None:
@@ -277,7 +295,7 @@ class Publisher:
             if report is not None:
                 answer = self._beat(report, batches)
             elif batches:
-                answer = self._writer.apply(*self._place, *batches)
+                answer = self._writer.apply(*self._place, *batches, meanwhile=self._read_on)
             else:
                 return
             if batches:
@@ -379,7 +397,7 @@ class Publisher:
                 "the index does not do as asked; keeping the state and trying on", reason=str(error)
             )
         self._failing_with = type(error)
-        self._reported, self._looked_at_s = None, 0.0  # the next try asks the index for certain
+        self._reported, self._looked_at_s = None, _NEVER_S  # the next try asks the index for certain
         # Jitter, so that a fleet does not return to a restarted Redis in step.
         self._retry_at_s = time.monotonic() + self._backoff_s * random.uniform(0.5, 1.0)  # noqa: S311
         # Half a lease, since one that is only full keeps the lease at each try.

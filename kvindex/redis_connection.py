@@ -26,6 +26,7 @@ from redis.exceptions import NoScriptError, RedisClusterException, RedisError, R
 from redis.retry import Retry
 
 from kvindex.config import IndexConfig
+from kvindex.index import nothing
 from kvindex.redis_errors import is_demoted, reaching
 from kvindex.redis_line import BlockingLine, Command, Line
 from kvindex.redis_url import RedisUrl, Topology, parse_redis_url
@@ -87,25 +88,31 @@ class Connection:
         (reply,) = self.run_each(key, [ScriptCall(script, args)])
         return reply
 
-    def run_each(self, key: str, calls: Sequence[ScriptCall]) -> list[Reply]:
+    def run_each(
+        self, key: str, calls: Sequence[ScriptCall], meanwhile: Callable[[], None] = nothing
+    ) -> list[Reply]:
         """Return what each script returns for its arguments; others' calls go between.
 
+        `meanwhile` is called before each answer, on a server while it is at work.
         If one is refused, those behind it are made all the same. After an error it is unknown which were
         made, and each may have been made more than once.
         """
         evaluate = self._call_each if self.url.topology is Topology.CLUSTER else self._call_in_line
         with reaching(self.url):
-            replies = evaluate([("EVALSHA", script.sha, 1, key, *args) for script, args in calls])
+            commands: list[Command] = [("EVALSHA", script.sha, 1, key, *args) for script, args in calls]
+            replies = evaluate(commands, meanwhile)
             if any(isinstance(reply, NoScriptError) for reply in replies):
-                replies = evaluate([("EVAL", script.source, 1, key, *args) for script, args in calls])
+                commands = [("EVAL", script.source, 1, key, *args) for script, args in calls]
+                replies = evaluate(commands, meanwhile)
             for reply in replies:
                 if isinstance(reply, RedisError):
                     raise reply
             return replies
 
-    def _call_each(self, commands: Sequence[Command]) -> list[Reply]:
+    def _call_each(self, commands: Sequence[Command], meanwhile: Callable[[], None]) -> list[Reply]:
         replies: list[Reply] = []
         for command in commands:
+            meanwhile()
             try:
                 replies.append(self._call(*command))
             except ResponseError as refusal:
@@ -127,11 +134,11 @@ class Connection:
             self._client.connection_pool.disconnect(inuse_connections=False)
             return self._client.execute_command(*command)
 
-    def _call_in_line(self, commands: Sequence[Command]) -> list[Reply]:
+    def _call_in_line(self, commands: Sequence[Command], meanwhile: Callable[[], None]) -> list[Reply]:
         """Do as `_call_each`, for less; not for commands whose answers redis-py reads, nor for a cluster."""
         self._client = self._client or _client(_BLOCKING, self.url, self._config)
         line = self._line = self._line or _blocking_line(self._client.connection_pool, self._config)
-        replies = line.call_each(commands)
+        replies = line.call_each(commands, meanwhile)
         if any(isinstance(reply, RedisError) and is_demoted(reply) for reply in replies):
             line.close()
             return line.call_each(commands)

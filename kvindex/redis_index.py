@@ -12,7 +12,7 @@ import functools
 import importlib.resources
 import re
 import time
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from typing import Any
 
 import msgspec
@@ -21,7 +21,7 @@ from kvindex.blocks import BlockHash, Pool, pack_hashes, unpack_hashes
 from kvindex.config import IndexConfig
 from kvindex.errors import SlotLost, WorkerConflict
 from kvindex.history import EventKind, Opening, PoolEvent, Removal
-from kvindex.index import FIRST_OPENING, MAX_PROBES, NOTHING_NEW
+from kvindex.index import FIRST_OPENING, MAX_PROBES, NOTHING_NEW, nothing
 from kvindex.keys import (
     LOAD,
     POOLS,
@@ -134,9 +134,16 @@ class RedisIndexWriter:
             raise SlotLost(f"the pool of slot {slot} has moved to another node of the cluster")
         return slot_state(slot, reply)
 
-    def apply(self, pool: Pool, slot: int, incarnation: str, *batches: Batch) -> SlotState:
+    def apply(
+        self,
+        pool: Pool,
+        slot: int,
+        incarnation: str,
+        *batches: Batch,
+        meanwhile: Callable[[], None] = nothing,
+    ) -> SlotState:
         """See `IndexWriter`."""
-        replies = self._redis.run_each(directory(pool), _writes(slot, incarnation, batches))
+        replies = self._redis.run_each(directory(pool), _writes(slot, incarnation, batches), meanwhile)
         return [self._state_at_home(pool, slot, reply) for reply in replies][-1]
 
     def heartbeat(

@@ -22,6 +22,8 @@ from redis.exceptions import ConnectionError as RedisConnectionError
 from redis.exceptions import RedisError, ResponseError
 from redis.exceptions import TimeoutError as RedisTimeoutError
 
+from kvindex.index import nothing
+
 Command = tuple[str | bytes | int, ...]
 
 
@@ -53,11 +55,12 @@ class BlockingLine:
             raise answer
         return answer
 
-    def call_each(self, commands: Sequence[Command]) -> list[Any]:
+    def call_each(self, commands: Sequence[Command], meanwhile: Callable[[], None] = nothing) -> list[Any]:
         """Return the answer to each command, which may be a `ResponseError`.
 
         A command is sent before the answer to the one before has come, so that Redis need not wait for us,
-        and no earlier, so that others need not wait for more than two of them.
+        and no earlier, so that others need not wait for more than two of them. Before each answer is waited
+        for, `meanwhile` is called.
 
         Raises:
             RedisError: what redis-py raises where there is no answer; the commands may have been carried
@@ -68,26 +71,26 @@ class BlockingLine:
             if self._connection is None:
                 self._connection = self._pool.get_connection()
             try:
-                return self._exchange(commands)
-            except RedisTimeoutError:
-                self.close()
-                raise
+                return self._exchange(commands, meanwhile)
             except RedisConnectionError:
                 self.close()
                 num_failures += 1
                 if num_failures > self._num_retries:
                     raise
                 time.sleep(self._backoff.compute(num_failures))
+            except BaseException:  # answers may be under way that nobody waits for
+                self.close()
+                raise
 
-    def _exchange(self, commands: Sequence[Command]) -> list[Any]:
+    def _exchange(self, commands: Sequence[Command], meanwhile: Callable[[], None]) -> list[Any]:
         packed = [b"".join(self._connection.pack_command(*command)) for command in commands]
         self._connection.send_packed_command([b"".join(packed[:2])])
         answers = []
-        for command in packed[2:]:
+        for position in range(len(commands)):
+            meanwhile()
             answers.append(self._read())
-            self._connection.send_packed_command([command])
-        while len(answers) < len(commands):
-            answers.append(self._read())
+            if command := packed[position + 2 : position + 3]:
+                self._connection.send_packed_command(command)
         return answers
 
     def _read(self) -> Any:  # noqa: ANN401 (a reply of Redis)

@@ -8,7 +8,8 @@ import threading
 import time
 from collections.abc import Awaitable, Callable, Iterator, Sequence
 from contextlib import ExitStack
-from itertools import count
+from itertools import count, islice
+from typing import Any
 
 import msgspec
 import uvloop
@@ -34,16 +35,14 @@ from gateway.bench.index_fleet import (
 )
 from gateway.bench.peers import peer
 from gateway.bench.radix_tree import reference, stores_per_s
-from kvindex.block_state import BlockState
 from kvindex.config import IndexConfig, publisher_config
 from kvindex.event_source import ZmqEventSource
 from kvindex.events import BlockRemoved, BlockStored, EngineEvent, decode_batch
 from kvindex.figures import Figure
 from kvindex.index import MAX_BATCH
-from kvindex.outbox import Outbox
 from kvindex.publisher import LoadReport, Publisher
 from kvindex.redis_index import RedisIndexReader, RedisIndexWriter
-from kvindex.worker import Batch, Load
+from kvindex.worker import Batch, Load, SlotState
 
 WRITTEN_BLOCKS_PER_S = 40_000
 ENGINE_BLOCKS_PER_S = 1_000
@@ -59,20 +58,17 @@ def store(num_blocks: int) -> list[Figure]:
         _payload(BlockStored([n], n - 1 if n else None, [n] * BLOCK_SIZE, BLOCK_SIZE))
         for n in range(num_blocks)
     ]
-    with fleet_of(1) as fleet:
-        (slot,) = fleet.slots
+    with fleet_of(0) as fleet:
+        config = publisher_config({"kvlane.redis_url": fleet.config.redis_url, "kvlane.redis_timeout_s": 10})
+        writer, source = _Watched(config, num_blocks), _Said(payloads)
+        publisher = Publisher(worker(_RESYNCED), config, writer, source, lambda: LoadReport(Load()))
         cpu_before_s, began_s = fleet.redis.cpu_s(), time.perf_counter()
         own_cpu_before_s = time.process_time()
-        state, outbox = BlockState(POOL.model, BLOCK_SIZE), Outbox()
-        for payload in payloads:
-            for event in decode_batch(payload):
-                if isinstance(event, BlockStored):
-                    outbox.change(stored=state.store(event))
-            if len(outbox) >= MAX_BATCH:
-                _drain(fleet, slot, outbox)
-        _drain(fleet, slot, outbox)
+        publisher.start()
+        writer.is_full.wait()
         took_s, cpu_s = time.perf_counter() - began_s, fleet.redis.cpu_s() - cpu_before_s
         own_cpu_s = time.process_time() - own_cpu_before_s
+        publisher.stop()
     beside, value = reference(", stores only", stores_per_s, num_blocks // 4)
     return [
         Figure("index.store_blocks_per_s", num_blocks / took_s, "1/s", ">= 50000", beside, value),
@@ -81,10 +77,48 @@ def store(num_blocks: int) -> list[Figure]:
     ]
 
 
-def _drain(fleet: Fleet, slot: int, outbox: Outbox) -> None:
-    while batches := outbox.next_batches():
-        fleet.writer.apply(POOL, slot, INCARNATION, *batches)
-        outbox.confirm()
+class _Watched(RedisIndexWriter):
+    """A writer that tells when its slot holds so many blocks."""
+
+    def __init__(self, config: IndexConfig, num_blocks: int) -> None:
+        super().__init__(config)
+        self._num_blocks = num_blocks
+        self.is_full = threading.Event()
+
+    def apply(self, *args: Any, **options: Any) -> SlotState:  # noqa: ANN401 - handed on
+        """See `IndexWriter`."""
+        return self._look(super().apply(*args, **options))
+
+    def heartbeat(self, *args: Any, **options: Any) -> SlotState:  # noqa: ANN401 - handed on
+        """See `IndexWriter`."""
+        return self._look(super().heartbeat(*args, **options))
+
+    def _look(self, state: SlotState) -> SlotState:
+        if state.num_blocks >= self._num_blocks:
+            self.is_full.set()
+        return state
+
+
+class _Said:
+    """An engine whose messages have all come."""
+
+    MESSAGES_A_POLL = 256
+
+    def __init__(self, payloads: Sequence[bytes]) -> None:
+        self._payloads = iter(payloads)
+
+    def open(self) -> None:
+        """Nothing to open."""
+
+    def poll(self, timeout_s: float) -> list[EngineEvent]:
+        """Return what the next messages say."""
+        payloads = list(islice(self._payloads, self.MESSAGES_A_POLL))
+        if not payloads:
+            time.sleep(timeout_s)
+        return [event for payload in payloads for event in decode_batch(payload)]
+
+    def close(self) -> None:
+        """Nothing to close."""
 
 
 def select_under_write(num_calls: int) -> Figure:

@@ -146,6 +146,15 @@ async def test_a_worker_is_listed_as_it_registered(index):
     assert (await index.reader.match(POOL, [])).registry_version == version
 
 
+async def test_a_caller_can_work_while_batches_are_applied(index):
+    slot = index.open()
+    worked = []
+    batches = [Batch(sequence=number, stored=(number,)) for number in (1, 2, 3)]
+    state = index.writer.apply(POOL, slot, "one", *batches, meanwhile=lambda: worked.append(1))
+    assert worked
+    assert state == SlotState(num_blocks=3, digest=1 ^ 2 ^ 3)
+
+
 async def test_pools_are_apart(index):
     index.open()
     other = index.writer.open_slot(worker(model="n"), lease_ms=LONG_MS)

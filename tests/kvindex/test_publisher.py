@@ -2,7 +2,7 @@
 
 import asyncio
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import AsyncIterator, Callable, Iterator, Sequence
 from functools import reduce
 from itertools import chain
 from operator import xor
@@ -13,6 +13,7 @@ from kvindex.config import PublisherConfig
 from kvindex.errors import EventsLost, IndexUnavailable
 from kvindex.events import AllBlocksCleared, BlockStored
 from kvindex.history import EventKind, PoolEvent
+from kvindex.index import nothing
 from kvindex.memory_index import MemoryIndex, MemoryIndexReader, MemoryIndexWriter
 from kvindex.publisher import LoadReport, Publisher
 from kvindex.worker import Batch, Load, RegisteredWorker, SlotState, Worker
@@ -33,6 +34,7 @@ class FaultyWriter(MemoryIndexWriter):
         self.num_calls = 0
         self.num_opened = 0
         self.batches: list[Batch] = []
+        self.during_write: list[Callable[[], None]] = []
         self.accepted: list[str] = []
         self.settle_older_than_ms: set[int | None] = set()
         self.is_closed = False
@@ -47,9 +49,12 @@ class FaultyWriter(MemoryIndexWriter):
         self.num_opened += 1
         return super().open_slot(worker, **options)
 
-    def apply(self, pool, slot: int, incarnation: str, *batches: Batch) -> SlotState:
+    def apply(self, pool, slot: int, incarnation: str, *batches: Batch, meanwhile=nothing) -> SlotState:
         self._called()
         self.batches += batches
+        if self.during_write and meanwhile is not nothing:
+            self.during_write.pop()()
+            meanwhile()
         if self.lose_batches:
             self.lose_batches -= 1
             before = self._slot(pool, slot, incarnation).state
@@ -275,6 +280,37 @@ async def test_a_cleared_cache_takes_a_fresh_slot(bench: Bench):
     assert bench.writer.num_opened == 2
     assert not any(batch.removed for batch in bench.writer.batches)
     assert [event.kind for event in bench.log()] == [EventKind.OPENED, EventKind.FENCED, EventKind.CLEARED]
+
+
+@pytest.fixture
+async def idle(monkeypatch: pytest.MonkeyPatch) -> AsyncIterator[Bench]:
+    """A publisher that has reported its load and does not look again unless it wrote blocks."""
+    monkeypatch.setattr("kvindex.publisher.LOAD_INTERVAL_S", 3_600)
+    bench = Bench(config=PublisherConfig(lease_ms=600_000, flush_ms=1))
+    bench.load = LoadReport(Load(running_requests=1))
+    bench.publisher.start()
+    await eventually(lambda: bench.reports(bench.load.load))
+    yield bench
+    bench.publisher.stop()
+
+
+async def test_the_engine_is_followed_during_a_write(idle: Bench):
+    (first, hashes), (second, more_hashes) = prompt(1, 2, 3, 4), prompt(5, 6)
+    idle.writer.during_write.append(lambda: idle.source.put(second))
+    idle.source.put(first)
+    await eventually(lambda: idle.holds(hashes + more_hashes))
+    assert not idle.writer.during_write
+    assert [batch.stored for batch in idle.writer.batches] == [tuple(hashes), tuple(more_hashes)]
+
+
+@pytest.mark.parametrize("end", [AllBlocksCleared(), EventsLost("gap")])
+async def test_what_ends_the_slot_waits_until_a_write_is_done(idle: Bench, end):
+    (before, _), (after, after_hashes) = prompt(1, 2, 3, 4), prompt(5, 6)
+    idle.writer.during_write.append(lambda: idle.source.put(end, after))
+    idle.source.put(before)
+    await eventually(lambda: idle.holds(after_hashes))
+    assert not idle.writer.during_write
+    assert idle.writer.num_opened == 2
 
 
 async def test_lost_events_leave_no_claim_behind(bench: Bench):

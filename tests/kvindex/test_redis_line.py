@@ -8,7 +8,7 @@ import redis
 import redis.asyncio
 from redis.backoff import NoBackoff
 
-from kvindex.redis_line import Line
+from kvindex.redis_line import BlockingLine, Line
 
 
 def line_to(url: str, timeout_s: float = 10) -> Line:
@@ -107,3 +107,14 @@ async def test_all_who_wait_share_one_attempt_to_connect():
     answers = await asyncio.gather(*calls, return_exceptions=True)
     assert [type(answer) for answer in answers] == [asyncio.CancelledError, *[redis.ConnectionError] * 9]
     assert num_attempts == 1
+
+
+def test_calls_after_one_that_was_given_up_get_their_own_answers(redis_url):
+    def give_up() -> None:
+        raise KeyboardInterrupt
+
+    line = BlockingLine(redis.ConnectionPool.from_url(redis_url), backoff=NoBackoff(), num_retries=2)
+    with pytest.raises(KeyboardInterrupt):
+        line.call_each([("ECHO", "one"), ("ECHO", "two")], give_up)
+    assert line.call("ECHO", "three") == b"three"
+    line.close()
