@@ -61,7 +61,7 @@ def registered(fleet: LocalFleet) -> dict[str, RegisteredWorker]:
     """Return what the index says of every live worker, by endpoint."""
 
     async def read() -> dict[str, RegisteredWorker]:
-        index = RedisIndexReader(IndexConfig(redis_url=fleet.redis_url))
+        index = RedisIndexReader(IndexConfig(redis_url=fleet.redis_url, redis_timeout_s=30))
         try:
             found = [each for pool in await index.pools() for each in (await index.workers(pool))[1]]
         finally:
