@@ -29,15 +29,20 @@ class IndexConfig(BaseSettings):
     redis_timeout_s: float = Field(1.0, gt=0, description="Longest wait for one answer of Redis.")
 
 
-class PublisherConfig(IndexConfig):
-    """What a publisher adds; keys of `kv_connector_extra_config` arrive here as `kvlane.<name>`."""
+class LeaseConfig(IndexConfig):
+    """How a publisher keeps its place in the index."""
 
-    endpoint: str = Field("", description="ip:port at which Envoy reaches this engine's OpenAI server.")
     lease_ms: int = Field(3_000, ge=200, description="A worker that is silent for this long is not matched.")
     heartbeat_ms: int = Field(500, ge=50, description="How often lease, load and digest are refreshed.")
     flush_ms: int = Field(
         50, ge=0, description="Longest time a block waits to be written; after a pause it does not wait."
     )
+
+
+class PublisherConfig(LeaseConfig):
+    """What the publisher of an engine adds; keys of `kv_connector_extra_config` arrive as `kvlane.<name>`."""
+
+    endpoint: str = Field("", description="ip:port at which Envoy reaches this engine's OpenAI server.")
     metrics_port: int = Field(
         0, ge=0, lt=65536, description="Port of the publisher's own Prometheus metrics; 0: none."
     )
@@ -50,6 +55,19 @@ class PublisherConfig(IndexConfig):
     labels: dict[str, str] = Field(default_factory=dict, description="Free labels for routing filters.")
     role: Role = Field(
         Role.BOTH, description="What this worker is asked to do, until `kvlane role` says otherwise."
+    )
+
+
+class TierAgentConfig(LeaseConfig):
+    """What the coordinator of LMCache servers adds."""
+
+    tier_agent_host: str = Field("127.0.0.1", description="Address that it listens on for LMCache servers.")
+    tier_agent_port: int = Field(0, ge=0, lt=65536, description="Port for them; 0: any that is free.")
+    list_interval_s: float = Field(
+        60.0, gt=0, description="How often disks and object stores are listed, to check what events told."
+    )
+    server_timeout_s: float = Field(
+        20.0, gt=0, description="An LMCache server that is silent for this long has its stores taken out."
     )
 
 

@@ -4,13 +4,14 @@ KvlaneError
 |- ConfigError            a setting is wrong; the message says which and what to do
 |- AdminUnavailable       a gateway's admin API does not answer, or refuses
 |- EngineUnavailable      an engine's API does not answer, or not as vLLM does
+|- StoreUnavailable       an LMCache server or one of its stores does not answer, or cannot be listed
 `- KvIndexError
    |- IndexUnavailable    Redis cannot be reached or cannot answer; the call may be tried again
    |  |- IndexFull        Redis has no memory for more; nothing was changed, what it holds stays right
    |  `- IndexRefused     also a ConfigError: it will go on refusing until somebody changes a setting
    |- SlotLost            the slot is not ours any more: open a fresh one and resend the state
    |- WorkerConflict      a live worker already publishes under this name
-   |- MalformedEvent      an engine's KV event cannot be read
+   |- MalformedEvent      an event of an engine or of an LMCache server cannot be read
    `- EventsLost          KV events are missing: what the engine holds is not known any more
 """
 
@@ -31,6 +32,10 @@ class AdminUnavailable(KvlaneError):
 
 class EngineUnavailable(KvlaneError):
     """An engine's HTTP API cannot be reached, or does not answer as vLLM does."""
+
+
+class StoreUnavailable(KvlaneError):
+    """An LMCache server's HTTP API does not answer as LMCache does, or a store of it cannot be listed."""
 
 
 class KvIndexError(KvlaneError):
@@ -62,7 +67,7 @@ class WorkerConflict(KvIndexError):
 
 
 class MalformedEvent(KvIndexError):
-    """A message of an engine's event stream is not an event batch."""
+    """A message of an engine's event stream is not an event batch, or one of an LMCache server is none."""
 
 
 class EventsLost(KvIndexError):

@@ -12,6 +12,7 @@ from typing import Protocol
 from kvindex.blocks import BlockHash, Pool
 from kvindex.history import Opening, PoolEvent, Removal
 from kvindex.pending import Sample
+from kvindex.stores import RegisteredStore, Store
 from kvindex.worker import (
     Batch,
     Entries,
@@ -32,6 +33,9 @@ MAX_BATCH = 128
 """Most hashes in one `Batch`: larger ones delay the reads that share the Redis core."""
 
 
+Holder = Worker | Store
+"""What may have a slot. A pool has workers, or stores (`chunks.CHUNK_SCHEME`)."""
+
 FIRST_OPENING = Opening()
 
 NOTHING_NEW = Sample((), ())
@@ -49,15 +53,15 @@ class IndexWriter(Protocol):
     """
 
     def open_slot(
-        self, worker: Worker, *, lease_ms: int, takeover: bool = False, because: Opening = FIRST_OPENING
+        self, holder: Holder, *, lease_ms: int, takeover: bool = False, because: Opening = FIRST_OPENING
     ) -> int:
-        """Register `worker` and return a fresh, empty slot for it; `because` goes into the pool's log.
+        """Register `holder` and return a fresh, empty slot for it; `because` goes into the pool's log.
 
-        Slots that this worker id held before are fenced at once and swept later. `load` is zero until
+        Slots that this holder id had before are fenced at once and swept later. `load` is zero until
         the first heartbeat.
 
         Raises:
-            WorkerConflict: another incarnation holds a live lease under this worker id and `takeover`
+            WorkerConflict: another incarnation holds a live lease under this holder id and `takeover`
                 is off.
         """
 
@@ -125,7 +129,7 @@ class IndexWriter(Protocol):
         """
 
     def close_slot(self, pool: Pool, slot: int, incarnation: str) -> None:
-        """Take the worker out of every answer; its entries are swept later. Idempotent."""
+        """Take the holder out of every answer; its entries are swept later. Idempotent."""
 
     def close(self) -> None:
         """Release connections; the slots live on until their lease ends."""
@@ -140,8 +144,14 @@ class IndexReader(Protocol):
     async def pools(self) -> list[Pool]:
         """Return the pools that ever had a worker and still have entries or live workers."""
 
+    async def chunk_pools(self) -> list[Pool]:
+        """Return the pools that ever had a store and still have entries or live stores."""
+
     async def workers(self, pool: Pool) -> tuple[int, list[RegisteredWorker]]:
-        """Return the registry version and every live worker, by slot."""
+        """Return the registry version and every live worker of a pool of theirs, by slot."""
+
+    async def stores(self, pool: Pool) -> tuple[int, list[RegisteredStore]]:
+        """Return the registry version and every live store of a pool of chunks, by slot."""
 
     async def match(self, pool: Pool, hashes: Sequence[BlockHash]) -> Match:
         """Return, for every live worker, its load and how many leading blocks it holds. Read-only."""

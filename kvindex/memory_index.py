@@ -15,11 +15,13 @@ from itertools import islice
 from typing import TypeVar
 
 from kvindex.blocks import BlockHash, Pool
+from kvindex.chunks import CHUNK_SCHEME
 from kvindex.errors import SlotLost, WorkerConflict
 from kvindex.history import EventKind, Opening, PoolEvent, Removal
-from kvindex.index import FIRST_OPENING, NOTHING_NEW, nothing
+from kvindex.index import FIRST_OPENING, NOTHING_NEW, Holder, nothing
 from kvindex.keys import ABANDONED_AFTER_LEASES, LOG_EVENTS, LOG_REMOVALS
 from kvindex.pending import MOST_PENDING, Pending, Sample
+from kvindex.stores import RegisteredStore, Store
 from kvindex.worker import (
     Batch,
     Entries,
@@ -40,7 +42,7 @@ _BUCKET_BLOCKS = 64
 @dataclass(eq=False)
 class _Slot:
     number: int
-    worker: Worker
+    holder: Holder
     lease_ms: int
     expires_ms: float
     sequence: int = 0
@@ -98,21 +100,21 @@ class _Pool:
         self.num_events += 1
         return f"{int(now_ms)}-{self.num_events}"
 
-    def note(self, kind: EventKind, slot: int, worker: Worker | None, detail: str, now_ms: float) -> None:
+    def note(self, kind: EventKind, slot: int, holder: Holder | None, detail: str, now_ms: float) -> None:
         self.events.append(
             PoolEvent(
                 event_id=self.next_id(now_ms),
                 at_ms=int(now_ms),
                 kind=kind,
                 slot=slot,
-                worker_id=worker.worker_id if worker else "",
-                incarnation=worker.incarnation if worker else "",
+                worker_id=holder.holder_id if holder else "",
+                incarnation=holder.incarnation if holder else "",
                 detail=detail,
             )
         )
 
     def fence(self, slot: _Slot, kind: EventKind, detail: str, now_ms: float) -> None:
-        self.note(kind, slot.number, slot.worker, detail, now_ms)
+        self.note(kind, slot.number, slot.holder, detail, now_ms)
         del self.slots[slot.number]
         self.dead.append(slot.number)
         self.version += 1
@@ -186,28 +188,28 @@ class MemoryIndexWriter:
 
     def _slot(self, pool: Pool, slot: int, incarnation: str) -> _Slot:
         found = self._index.pool(pool).slots.get(slot)
-        if found is None or found.worker.incarnation != incarnation:
+        if found is None or found.holder.incarnation != incarnation:
             raise SlotLost(f"slot {slot} is not held by incarnation {incarnation}")
         return found
 
     def open_slot(
-        self, worker: Worker, *, lease_ms: int, takeover: bool = False, because: Opening = FIRST_OPENING
+        self, holder: Holder, *, lease_ms: int, takeover: bool = False, because: Opening = FIRST_OPENING
     ) -> int:
         """See `IndexWriter`."""
-        pool = self._index.pool(worker.pool)
+        pool = self._index.pool(holder.pool)
         now_ms = self._index.now_ms()
-        for former in [s for s in pool.slots.values() if s.worker.worker_id == worker.worker_id]:
-            alive = former.expires_ms > now_ms and former.worker.incarnation != worker.incarnation
+        for former in [s for s in pool.slots.values() if s.holder.holder_id == holder.holder_id]:
+            alive = former.expires_ms > now_ms and former.holder.incarnation != holder.incarnation
             if alive and not takeover:
-                raise WorkerConflict(f"{worker.worker_id} is held by {former.worker.incarnation}")
-            is_ours = former.worker.incarnation == worker.incarnation
+                raise WorkerConflict(f"{holder.holder_id} is held by {former.holder.incarnation}")
+            is_ours = former.holder.incarnation == holder.incarnation
             detail = "it has a fresh slot" if is_ours else "another process took its place"
             pool.fence(former, EventKind.FENCED, detail, now_ms)
         taken = {*pool.slots, *pool.dead}
         number = next(number for number in range(len(taken) + 1) if number not in taken)
-        pool.slots[number] = _Slot(number, worker, lease_ms, now_ms + lease_ms)
+        pool.slots[number] = _Slot(number, holder, lease_ms, now_ms + lease_ms)
         pool.version += 1
-        pool.note(because.kind, number, worker, because.detail, now_ms)
+        pool.note(because.kind, number, holder, because.detail, now_ms)
         return number
 
     def apply(
@@ -280,7 +282,7 @@ class MemoryIndexWriter:
     def close_slot(self, pool: Pool, slot: int, incarnation: str) -> None:
         """See `IndexWriter`."""
         target = self._index.pool(pool).slots.get(slot)
-        if target is not None and target.worker.incarnation == incarnation:
+        if target is not None and target.holder.incarnation == incarnation:
             self._index.pool(pool).fence(target, EventKind.CLOSED, "", self._index.now_ms())
 
     def close(self) -> None:
@@ -295,7 +297,11 @@ class MemoryIndexReader:
 
     async def pools(self) -> list[Pool]:
         """See `IndexReader`."""
-        return self._index.known_pools()
+        return [pool for pool in self._index.known_pools() if pool.scheme != CHUNK_SCHEME]
+
+    async def chunk_pools(self) -> list[Pool]:
+        """See `IndexReader`."""
+        return [pool for pool in self._index.known_pools() if pool.scheme == CHUNK_SCHEME]
 
     async def workers(self, pool: Pool) -> tuple[int, list[RegisteredWorker]]:
         """See `IndexReader`."""
@@ -303,9 +309,9 @@ class MemoryIndexReader:
         pairs = zip(self._index.live(pool), self._index.states(pool), strict=True)
         workers = [
             RegisteredWorker(
-                worker=slot.worker,
+                worker=slot.holder,
                 slot=slot.number,
-                role=self._index.pool(pool).roles.get(slot.worker.worker_id, slot.worker.role),
+                role=self._index.pool(pool).roles.get(slot.holder.worker_id, slot.holder.role),
                 lease_ms=slot.lease_ms,
                 lease_left_ms=int(slot.expires_ms - now_ms),
                 num_indexed_blocks=slot.state.num_blocks,
@@ -315,8 +321,26 @@ class MemoryIndexReader:
                 charged_requests=state.charged_requests,
             )
             for slot, state in pairs
+            if isinstance(slot.holder, Worker)
         ]
         return self._index.registry_version(pool), workers
+
+    async def stores(self, pool: Pool) -> tuple[int, list[RegisteredStore]]:
+        """See `IndexReader`."""
+        now_ms = self._index.now_ms()
+        stores = [
+            RegisteredStore(
+                store=slot.holder,
+                slot=slot.number,
+                lease_ms=slot.lease_ms,
+                lease_left_ms=int(slot.expires_ms - now_ms),
+                num_indexed_blocks=slot.state.num_blocks,
+                digest=f"{slot.state.digest:016x}",
+            )
+            for slot in self._index.live(pool)
+            if isinstance(slot.holder, Store)
+        ]
+        return self._index.registry_version(pool), stores
 
     async def match(self, pool: Pool, hashes: Sequence[BlockHash]) -> Match:
         """See `IndexReader`. Exact, with or without holes: the stride is always 1."""
@@ -392,7 +416,7 @@ class MemoryIndexReader:
     async def give_role(self, pool: Pool, worker_id: str, role: Role | None) -> bool:
         """See `IndexReader`."""
         state = self._index.pool(pool)
-        if all(slot.worker.worker_id != worker_id for slot in state.slots.values()):
+        if all(slot.holder.holder_id != worker_id for slot in state.slots.values()):
             return False
         state.roles.pop(worker_id, None)
         if role is not None:

@@ -1,10 +1,10 @@
-"""Prometheus metrics of the publishing side, by worker id."""
+"""Prometheus metrics of the publishing side, by worker id, and of stores."""
 
 from __future__ import annotations
 
 from typing import Any
 
-from prometheus_client import Counter, Gauge, start_http_server
+from prometheus_client import Counter, Gauge, Histogram, start_http_server
 
 from kvindex.errors import ConfigError
 from kvindex.tls import ServerTls
@@ -32,6 +32,29 @@ UNWRITTEN_CHANGES = Gauge(
 )
 WRITE_LAG = Gauge(
     "kvlane_publisher_write_lag_seconds", "Age of the oldest change in the last batch written.", ["worker"]
+)
+
+STORE_CHUNKS = Gauge(
+    "kvlane_store_chunks",
+    "Chunks in a store, as events of its LMCache server or a listing tell.",
+    ["store", "tier", "model", "teller"],
+)
+STORE_BYTES = Gauge("kvlane_store_bytes", "Size of these chunks.", ["store", "tier", "model", "teller"])
+STORE_CAPACITY_BYTES = Gauge(
+    "kvlane_store_capacity_bytes", "What a store may hold; 0: no limit is known.", ["store"]
+)
+STORE_EVENTS = Counter("kvlane_store_events", "Batches of events of an LMCache server.", ["server", "type"])
+STORE_GAPS = Counter(
+    "kvlane_store_gaps", "Breaks in the events of an LMCache server; its stores are read anew.", ["server"]
+)
+STORE_LISTING_SECONDS = Histogram(
+    "kvlane_store_listing_seconds",
+    "Time to list what a store holds.",
+    ["store"],
+    buckets=(0.1, 1, 10, 60, 600),
+)
+STORE_LISTING_FAILURES = Counter(
+    "kvlane_store_listing_failures", "Listings of a store that failed.", ["store"]
 )
 
 

@@ -1,4 +1,4 @@
-"""Tells the index what one engine rank holds and how busy it is."""
+"""Tells the index what one holder has, and how busy it is."""
 
 from __future__ import annotations
 
@@ -7,23 +7,21 @@ import math
 import random
 import threading
 import time
-from collections import Counter, deque
+from collections import deque
 from collections.abc import Callable, Sequence, Set
 
 import msgspec
 import structlog
 
 from kvindex import metrics
-from kvindex.block_state import BlockState
 from kvindex.blocks import Pool, format_hash
-from kvindex.config import PublisherConfig
+from kvindex.config import LeaseConfig
+from kvindex.contents import Change, Contents
 from kvindex.errors import EventsLost, IndexUnavailable, SlotLost, WorkerConflict
-from kvindex.event_source import EventSource
-from kvindex.events import AllBlocksCleared, BlockRemoved, BlockStored, EngineEvent
 from kvindex.history import EventKind, Opening
-from kvindex.index import FIRST_OPENING, MAX_BATCH, IndexWriter
+from kvindex.index import FIRST_OPENING, MAX_BATCH, Holder, IndexWriter
 from kvindex.outbox import Outbox
-from kvindex.worker import Batch, Load, SlotPart, SlotState, Worker
+from kvindex.worker import Batch, Load, SlotPart, SlotState
 
 LOAD_INTERVAL_S = 0.1
 _WRITE_SLICE_S = 0.05
@@ -34,12 +32,6 @@ _STOP_PATIENCE_S = 5.0
 _READ_BACK_S = 0.5
 _MOST_NAMED = 5
 _NEVER_S = -math.inf
-# Skipped blocks that somebody should know of: nothing of this kind will ever be routed to.
-_ALARMING = {
-    "block_size": "the engine's KV events are about blocks of another size",
-    "attention": "no KV cache group of the engine has attention over the whole prefix",
-    "shape": "the engine's KV events do not carry one block of tokens for each block",
-}
 
 _KINDS = {"cleared": EventKind.CLEARED, "drift": EventKind.DRIFT}
 
@@ -65,40 +57,42 @@ class _Drifted(SlotLost):
 
 
 class Publisher:
-    """Keeps the index equal to one engine rank, from a daemon thread of its own.
+    """Keeps the index equal to one holder, an engine rank or a store, from a daemon thread of its own.
 
-    The thread ends with the process, and the lease soon after. It never makes the engine wait: events
+    The thread ends with the process, and the lease soon after. It never makes the holder wait: events
     are read from a queue that drops rather than blocks, and whatever is lost, here or in the index, leads to
     a fresh slot with the whole known state.
 
     Args:
-        worker: the rank, as it registers.
+        holder: as it registers.
         config: lease, heartbeat and flush times.
         writer: owned from now on; closed by `stop`.
-        source: the engine's events; owned from now on, used by the thread alone.
+        contents: what it has; owned from now on, used by the thread alone.
         load: called by the thread, every 100 ms and after each write; must not block.
         settle_older_than_ms: for a `load` that cannot name decisions, see `IndexWriter.heartbeat`.
+        stands_by: others may publish under the same id, and take turns.
     """
 
     def __init__(
         self,
-        worker: Worker,
-        config: PublisherConfig,
+        holder: Holder,
+        config: LeaseConfig,
         writer: IndexWriter,
-        source: EventSource,
+        contents: Contents,
         load: Callable[[], LoadReport],
         *,
         settle_older_than_ms: int | None = None,
+        stands_by: bool = False,
     ) -> None:
-        self._worker = worker
+        self._holder = holder
         self._config = config
         self._writer = writer
-        self._source = source
+        self._contents = contents
         self._load = load
         self._settle_older_than_ms = settle_older_than_ms
-        self._state = BlockState(worker.model, worker.block_size)
+        self._stands_by = stands_by
         self._outbox = Outbox()
-        self._ahead: deque[EngineEvent | EventsLost] = deque()
+        self._ahead: deque[Change | EventsLost] = deque()
         """Read and not yet taken, in order."""
         self._slot: int | None = None
         self._opening = FIRST_OPENING
@@ -111,29 +105,33 @@ class Publisher:
         self._turn = 0
         self._backoff_s = _FIRST_BACKOFF_S
         self._failing_with: type[IndexUnavailable] | None = None
-        self._alarmed: set[str] = set()
         self._num_conflicts = 0
         self._stopping = threading.Event()
         self._thread = threading.Thread(target=self._run, name="kvlane-publisher", daemon=True)
-        self._num_stored = metrics.BLOCKS_STORED.labels(worker.worker_id)
-        self._num_removed = metrics.BLOCKS_REMOVED.labels(worker.worker_id)
-        self._num_unwritten = metrics.UNWRITTEN_CHANGES.labels(worker.worker_id)
-        self._num_indexed = metrics.INDEXED_BLOCKS.labels(worker.worker_id)
-        self._write_lag = metrics.WRITE_LAG.labels(worker.worker_id)
-        self._log = _log.bind(worker=worker.worker_id, incarnation=worker.incarnation)
+        self._num_stored = metrics.BLOCKS_STORED.labels(holder.holder_id)
+        self._num_removed = metrics.BLOCKS_REMOVED.labels(holder.holder_id)
+        self._num_unwritten = metrics.UNWRITTEN_CHANGES.labels(holder.holder_id)
+        self._num_indexed = metrics.INDEXED_BLOCKS.labels(holder.holder_id)
+        self._write_lag = metrics.WRITE_LAG.labels(holder.holder_id)
+        self._log = _log.bind(worker=holder.holder_id, incarnation=holder.incarnation)
+
+    @property
+    def is_registered(self) -> bool:
+        """Whether the holder has a slot, as far as is known here. To be asked from any thread."""
+        return self._slot is not None
 
     def start(self) -> None:
-        """Begin to follow the engine; the worker is registered as soon as the index answers."""
+        """Begin to follow the holder; it is registered as soon as the index answers."""
         self._thread.start()
 
     def stop(self) -> None:
-        """Take the worker out of the index and end the thread; waits a few seconds at most. Idempotent."""
+        """Take the holder out of the index and end the thread; waits a few seconds at most. Idempotent."""
         self._stopping.set()
         if self._thread.is_alive():
             self._thread.join(_STOP_PATIENCE_S)
 
     def _run(self) -> None:
-        self._source.open()
+        self._contents.open()
         try:
             while not self._stopping.is_set():
                 self._follow()
@@ -142,12 +140,12 @@ class Publisher:
         finally:
             if self._slot is not None:
                 with contextlib.suppress(IndexUnavailable):
-                    self._writer.close_slot(self._worker.pool, self._slot, self._worker.incarnation)
+                    self._writer.close_slot(self._holder.pool, self._slot, self._holder.incarnation)
             self._writer.close()
-            self._source.close()
+            self._contents.close()
 
     def _follow(self) -> None:
-        """Wait for the engine or for the next thing to do, whichever is first."""
+        """Wait for the holder or for the next thing to do, whichever is first."""
         patience_s = self._patience_s()
         if self._unwritten_since_s is not None and self._failing_with is None:
             # What the engine says until then is written with it: to wake up for that is most of the cost.
@@ -157,42 +155,35 @@ class Publisher:
             self._read(patience_s)
         while self._ahead:
             self._take(self._ahead.popleft())
-        if self._state.skipped:
-            self._count_skipped()
         if self._outbox and self._unwritten_since_s is None:
             self._unwritten_since_s = time.monotonic()
 
     def _read(self, patience_s: float) -> None:
         try:
-            self._ahead.extend(self._source.poll(patience_s))
+            self._ahead.extend(self._contents.poll(patience_s))
         except EventsLost as error:
             self._ahead.append(error)
 
     def _read_on(self) -> None:
-        """Follow the engine while the index applies a write; what ends the slot waits until that is done."""
+        """Follow the holder while the index applies a write; what ends the slot waits until that is done."""
         if not self._ahead:
             self._read(0.0)
-        while self._ahead and isinstance(self._ahead[0], BlockStored | BlockRemoved):
+        while self._ahead and isinstance(ahead := self._ahead[0], Change) and not ahead.is_cleared:
             self._take(self._ahead.popleft())
 
-    def _take(self, event: EngineEvent | EventsLost) -> None:
-        match event:
-            case BlockStored():
-                stored = self._state.store(event)
-                self._outbox.change(stored=stored)
-                self._num_stored.inc(len(stored))
-            case BlockRemoved():
-                removed = self._state.remove(event)
-                self._outbox.change(removed=removed)
-                self._num_removed.inc(len(removed))
-            case AllBlocksCleared():
-                self._forget("cleared")
-            case EventsLost():
-                self._log.warning("KV events lost; starting over", reason=str(event))
-                self._forget("events_lost", str(event))
+    def _take(self, change: Change | EventsLost) -> None:
+        if isinstance(change, EventsLost):
+            self._log.warning("KV events lost; starting over", reason=str(change))
+            self._forget("events_lost", str(change))
+            return
+        if change.is_cleared:
+            self._forget("cleared")
+        self._outbox.change(stored=change.stored, removed=change.removed)
+        self._num_stored.inc(len(change.stored))
+        self._num_removed.inc(len(change.removed))
 
     def _patience_s(self) -> float:
-        """Return how long nothing needs doing unless the engine says something."""
+        """Return how long nothing needs doing unless the holder says something."""
         now_s = time.monotonic()
         if now_s < self._retry_at_s:
             return min(self._retry_at_s - now_s, LOAD_INTERVAL_S)
@@ -222,7 +213,9 @@ class Publisher:
             self._back_off(error)
         except WorkerConflict as error:
             self._num_conflicts += 1
-            if self._num_conflicts == 1:
+            if self._stands_by:
+                self._log.debug("standing by", holder=str(error))
+            elif self._num_conflicts == 1:
                 self._log.info("waiting for the lease of the process before to end", holder=str(error))
             elif self._num_conflicts == 2:
                 self._log.error(
@@ -254,19 +247,18 @@ class Publisher:
 
     def _open(self) -> None:
         self._slot = self._writer.open_slot(
-            self._worker, lease_ms=self._config.lease_ms, because=self._opening
+            self._holder, lease_ms=self._config.lease_ms, because=self._opening
         )
-        self._outbox = Outbox(self._state.hashes)
+        self._outbox = Outbox(self._contents.hashes)
         # Due at once: a state that was known before has nothing to wait for.
         self._unwritten_since_s = time.monotonic() - self._config.flush_ms / 1000 if self._outbox else None
         self._num_conflicts = 0
         self._reported = None
         self._looked_at_s = _NEVER_S
-        self._log.info("registered", slot=self._slot, num_blocks=self._state.num_blocks)
+        self._log.info("registered", slot=self._slot, num_blocks=len(self._contents.hashes))
 
     def _forget(self, reason: str, detail: str = "") -> None:
         """Drop every block; a fresh slot does that in the index at once, however many there were."""
-        self._state.clear()
         if self._outbox.is_fresh:
             self._outbox = Outbox()
         else:
@@ -278,7 +270,7 @@ class Publisher:
         self._opening = Opening(_KINDS.get(reason, EventKind.RESYNC), detail)
         self._outbox = Outbox()
         self._looked_at_s = _NEVER_S
-        metrics.RESYNCS.labels(self._worker.worker_id, reason).inc()
+        metrics.RESYNCS.labels(self._holder.holder_id, reason).inc()
 
     def _write(self) -> None:
         """Send what is due, for a short while at most, so that events do not wait.
@@ -336,7 +328,7 @@ class Publisher:
         """Pool, slot and incarnation."""
         if self._slot is None:
             raise SlotLost("no slot is open")
-        return self._worker.pool, self._slot, self._worker.incarnation
+        return self._holder.pool, self._slot, self._holder.incarnation
 
     def _compare(self, answer: SlotState) -> None:
         """Check count and digest of the slot.
@@ -391,7 +383,7 @@ class Publisher:
         return lost, added, f"{num_read} of {num_parts} parts"
 
     def _back_off(self, error: IndexUnavailable) -> None:
-        metrics.INDEX_FAILURES.labels(self._worker.worker_id).inc()
+        metrics.INDEX_FAILURES.labels(self._holder.holder_id).inc()
         if type(error) is not self._failing_with:
             self._log.warning(
                 "the index does not do as asked; keeping the state and trying on", reason=str(error)
@@ -403,16 +395,6 @@ class Publisher:
         # Half a lease, since one that is only full keeps the lease at each try.
         longest_s = min(_LONGEST_BACKOFF_S, self._config.lease_ms / 2000)
         self._backoff_s = min(2 * self._backoff_s, longest_s)
-
-    def _count_skipped(self) -> None:
-        skipped, self._state.skipped = self._state.skipped, Counter()
-        for reason, num_blocks in skipped.items():
-            metrics.BLOCKS_SKIPPED.labels(self._worker.worker_id, reason).inc(num_blocks)
-        # Beside a group that is followed, a hybrid model has others.
-        usual = {"attention"} if self._state.is_following else set()
-        for reason in skipped.keys() & _ALARMING.keys() - self._alarmed - usual:
-            self._alarmed.add(reason)
-            self._log.error(f"{_ALARMING[reason]}: they are not indexed", block_size=self._worker.block_size)
 
 
 def _first_of(blocks: Set[int]) -> list[str]:

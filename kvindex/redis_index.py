@@ -18,10 +18,11 @@ from typing import Any
 import msgspec
 
 from kvindex.blocks import BlockHash, Pool, pack_hashes, unpack_hashes
+from kvindex.chunks import CHUNK_SCHEME
 from kvindex.config import IndexConfig
 from kvindex.errors import SlotLost, WorkerConflict
 from kvindex.history import EventKind, Opening, PoolEvent, Removal
-from kvindex.index import FIRST_OPENING, MAX_PROBES, NOTHING_NEW, nothing
+from kvindex.index import FIRST_OPENING, MAX_PROBES, NOTHING_NEW, Holder, nothing
 from kvindex.keys import (
     LOAD,
     POOLS,
@@ -45,6 +46,7 @@ from kvindex.redis_answers import (
 )
 from kvindex.redis_connection import AsyncConnection, Connection, Reply, Script, ScriptCall
 from kvindex.redis_memory import PoolMemory, measure
+from kvindex.stores import RegisteredStore, Store
 from kvindex.worker import (
     Batch,
     Entries,
@@ -102,17 +104,17 @@ class RedisIndexWriter:
         return self._redis.run(_script(name), directory(pool), *args)
 
     def open_slot(
-        self, worker: Worker, *, lease_ms: int, takeover: bool = False, because: Opening = FIRST_OPENING
+        self, holder: Holder, *, lease_ms: int, takeover: bool = False, because: Opening = FIRST_OPENING
     ) -> int:
         """See `IndexWriter`."""
-        pool = worker.pool
+        pool = holder.pool
         self._announce(pool)
-        described = msgspec.json.encode(worker)
-        owner = (worker.worker_id, worker.incarnation, described)
+        described = msgspec.json.encode(holder)
+        owner = (holder.holder_id, holder.incarnation, described)
         reply = self._run("open_slot", pool, *owner, lease_ms, int(takeover), because.kind, because.detail)
         if isinstance(reply, bytes):
             raise WorkerConflict(
-                f"{worker.worker_id} is published by another live process (incarnation {reply.decode()})"
+                f"{holder.holder_id} is published by another live process (incarnation {reply.decode()})"
             )
         self._homes[pool] = self._redis.home(directory(pool))
         return int(reply)
@@ -225,6 +227,13 @@ class RedisIndexReader:
 
     async def pools(self) -> list[Pool]:
         """See `IndexReader`."""
+        return [pool for pool in await self._pools() if pool.scheme != CHUNK_SCHEME]
+
+    async def chunk_pools(self) -> list[Pool]:
+        """See `IndexReader`."""
+        return [pool for pool in await self._pools() if pool.scheme == CHUNK_SCHEME]
+
+    async def _pools(self) -> list[Pool]:
         known = await self._redis.call("HVALS", POOLS)
         pools = [msgspec.msgpack.decode(packed, type=Pool) for packed in known]
         sets = ("members", "dead", "sweeping")
@@ -240,6 +249,23 @@ class RedisIndexReader:
             if (row := fleet.rows.get(each[0])) is not None
         ]
         return fleet.version, workers
+
+    async def stores(self, pool: Pool) -> tuple[int, list[RegisteredStore]]:
+        """See `IndexReader`."""
+        described, fleet = await self._describe(pool)
+        stores = [
+            RegisteredStore(
+                store=msgspec.json.decode(packed, type=Store),
+                slot=slot,
+                lease_ms=row.lease_ms,
+                lease_left_ms=int(row.expires_ms - fleet.now_ms),
+                num_indexed_blocks=num_blocks,
+                digest=f"{read_digest(digest):016x}",
+            )
+            for slot, packed, num_blocks, digest, _ in described
+            if (row := fleet.rows.get(slot)) is not None
+        ]
+        return fleet.version, stores
 
     async def _describe(self, pool: Pool) -> tuple[list[Any], Fleet]:
         """Return what is known of every worker, in short calls and as of one registry version."""

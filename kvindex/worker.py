@@ -83,6 +83,11 @@ class Worker(msgspec.Struct, frozen=True, kw_only=True):
         return self.endpoint if self.dp_size == 1 else f"{self.endpoint}/dp{self.dp_rank}"
 
     @property
+    def holder_id(self) -> str:
+        """Its name among the holders of its pool."""
+        return self.worker_id
+
+    @property
     def pool(self) -> Pool:
         """The pool in which this worker's block hashes can be compared."""
         return Pool(self.model, self.block_size)

@@ -6,6 +6,7 @@ from typing import TYPE_CHECKING
 
 from kvindex import metrics
 from kvindex.config import connector_config
+from kvindex.contents import EngineContents
 from kvindex.errors import ConfigError
 from kvindex.event_source import ZmqEventSource
 from kvindex.publisher import Publisher
@@ -86,7 +87,7 @@ class SchedulerSide:
             self.worker,
             self._config,
             RedisIndexWriter(self._config),
-            ZmqEventSource(self._events, self._replay),
+            EngineContents(self.worker, ZmqEventSource(self._events, self._replay)),
             self._load.report,
         )
         self._publisher.start()

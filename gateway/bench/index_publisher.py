@@ -36,6 +36,7 @@ from gateway.bench.index_fleet import (
 from gateway.bench.peers import peer
 from gateway.bench.radix_tree import reference, stores_per_s
 from kvindex.config import IndexConfig, publisher_config
+from kvindex.contents import EngineContents
 from kvindex.event_source import ZmqEventSource
 from kvindex.events import BlockRemoved, BlockStored, EngineEvent, decode_batch
 from kvindex.figures import Figure
@@ -61,7 +62,9 @@ def store(num_blocks: int) -> list[Figure]:
     with fleet_of(0) as fleet:
         config = publisher_config({"kvlane.redis_url": fleet.config.redis_url, "kvlane.redis_timeout_s": 10})
         writer, source = _Watched(config, num_blocks), _Said(payloads)
-        publisher = Publisher(worker(_RESYNCED), config, writer, source, lambda: LoadReport(Load()))
+        rank = worker(_RESYNCED)
+        contents = EngineContents(rank, source)
+        publisher = Publisher(rank, config, writer, contents, lambda: LoadReport(Load()))
         cpu_before_s, began_s = fleet.redis.cpu_s(), time.perf_counter()
         own_cpu_before_s = time.process_time()
         publisher.start()
@@ -242,9 +245,9 @@ class _Filling:
 
 def _publish_for_ever(url: str, num_blocks: int) -> None:
     config = publisher_config({"kvlane.redis_url": url, "kvlane.redis_timeout_s": 10})
-    publisher = Publisher(
-        worker(_RESYNCED), config, RedisIndexWriter(config), _Filling(num_blocks), lambda: LoadReport(Load())
-    )
+    rank = worker(_RESYNCED)
+    contents = EngineContents(rank, _Filling(num_blocks))
+    publisher = Publisher(rank, config, RedisIndexWriter(config), contents, lambda: LoadReport(Load()))
     publisher.start()
     threading.Event().wait()
 
@@ -274,11 +277,12 @@ def _engine_cpu_s(url: str | None, duration_s: float) -> float:
         loads = count()
         if url is not None:
             config = publisher_config({"kvlane.redis_url": url})
+            rank = worker(_RESYNCED)
             publisher = Publisher(
-                worker(_RESYNCED),
+                rank,
                 config,
                 RedisIndexWriter(config),
-                ZmqEventSource(_EVENTS_ENDPOINT),
+                EngineContents(rank, ZmqEventSource(_EVENTS_ENDPOINT)),
                 lambda: LoadReport(Load(running_tokens=next(loads))),
             )
             publisher.start()

@@ -13,6 +13,7 @@ import typer
 
 from kvindex import metrics
 from kvindex.config import PublisherConfig, publisher_config
+from kvindex.contents import EngineContents
 from kvindex.engine_api import EngineApi
 from kvindex.errors import EngineUnavailable
 from kvindex.event_source import EventSource, ZmqEventSource
@@ -77,7 +78,7 @@ def follow(api: EngineApi, config: PublisherConfig, source: EventSource, stoppin
         worker,
         config,
         RedisIndexWriter(config),
-        source,
+        EngineContents(worker, source),
         lambda: latest,
         # By then a request has been in one reading of the metrics, however the two clocks fall.
         settle_older_than_ms=2 * config.heartbeat_ms,

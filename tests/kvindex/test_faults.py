@@ -20,6 +20,7 @@ import redis
 from structlog.testing import capture_logs
 
 from kvindex.config import IndexConfig, PublisherConfig
+from kvindex.contents import EngineContents
 from kvindex.event_source import ZmqEventSource
 from kvindex.keys import directory
 from kvindex.publisher import LoadReport, Publisher
@@ -213,7 +214,9 @@ async def test_an_event_queue_that_overflows(redis_url: str, has_replay: bool):
     config = PublisherConfig(redis_url=redis_url, lease_ms=2_000, heartbeat_ms=50, redis_timeout_s=10)
     worker = make_worker()
     source = ZmqEventSource(f"tcp://127.0.0.1:{events_port}", replay, recheck_s=0.2)
-    publisher = Publisher(worker, config, RedisIndexWriter(config), source, lambda: LoadReport(Load()))
+    publisher = Publisher(
+        worker, config, RedisIndexWriter(config), EngineContents(worker, source), lambda: LoadReport(Load())
+    )
     publisher.start()
     try:
         name = worker.incarnation

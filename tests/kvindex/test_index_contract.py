@@ -17,7 +17,8 @@ from kvindex.index import MAX_BATCH, IndexReader, IndexWriter
 from kvindex.memory_index import MemoryIndex, MemoryIndexReader, MemoryIndexWriter
 from kvindex.pending import MOST_PENDING, Pending, Sample
 from kvindex.redis_index import RedisIndexReader, RedisIndexWriter
-from kvindex.worker import Batch, Load, Reservation, Role, SlotState, Worker
+from kvindex.stores import Store
+from kvindex.worker import Batch, Load, Reservation, Role, SlotState, Tier, Worker
 
 POOL = Pool("m", 16)
 LONG_MS = 60_000
@@ -803,3 +804,38 @@ async def test_redis_and_memory_agree_on_any_history(redis_url, seed):
             short = chains[chain][: rng.randrange(256)]
             exact, found = [await i.reader.match(POOL, short) for i in both]
             assert (found.overlap_blocks, found.states) == (exact.overlap_blocks, exact.states)
+
+
+def store(name: str, teller: str = "") -> Store:
+    return Store(
+        name=name, teller=teller, tier=Tier.OBJECT, model="m", chunk_size=256, incarnation=f"{name} {teller}"
+    )
+
+
+async def test_stores_have_pools_of_their_own(index: Index):
+    listing, events = store("s3://b"), store("s3://b", "node")
+    pool = listing.pool
+    first, second = (index.writer.open_slot(each, lease_ms=LONG_MS) for each in (listing, events))
+    worker_slot = index.open()
+    index.writer.apply(pool, first, listing.incarnation, Batch(sequence=1, stored=(1, 2)))
+    index.writer.apply(pool, second, events.incarnation, Batch(sequence=1, stored=(2, 3)))
+    _, stores = await index.reader.stores(pool)
+    assert [(each.store, each.slot, each.num_indexed_blocks) for each in stores] == [
+        (listing, first, 2),
+        (events, second, 2),
+    ]
+    assert [each.lease_ms for each in stores] == [LONG_MS, LONG_MS]
+    found = await index.reader.holders_of(pool, [BlockHash(each) for each in (1, 2, 3, 4)])
+    assert found == {1: (first,), 2: (first, second), 3: (second,), 4: ()}
+    assert await index.reader.chunk_pools() == [pool]
+    assert await index.reader.pools() == [POOL]
+    assert [each.slot for each in (await index.reader.workers(POOL))[1]] == [worker_slot]
+    index.writer.close_slot(pool, first, listing.incarnation)
+    assert [each.slot for each in (await index.reader.stores(pool))[1]] == [second]
+
+
+async def test_a_listing_has_one_teller_at_a_time(index: Index):
+    index.writer.open_slot(store("s3://b"), lease_ms=LONG_MS)
+    other = Store(name="s3://b", tier=Tier.OBJECT, model="m", chunk_size=256, incarnation="other")
+    with pytest.raises(WorkerConflict):
+        index.writer.open_slot(other, lease_ms=LONG_MS)

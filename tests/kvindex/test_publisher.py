@@ -10,6 +10,7 @@ from operator import xor
 import pytest
 
 from kvindex.config import PublisherConfig
+from kvindex.contents import EngineContents
 from kvindex.errors import EventsLost, IndexUnavailable
 from kvindex.events import AllBlocksCleared, BlockStored
 from kvindex.history import EventKind, PoolEvent
@@ -107,7 +108,8 @@ class Bench:
         self.writer = FaultyWriter(self.index)
         self.source = ScriptedSource()
         self.load = LoadReport(Load())
-        self.publisher = Publisher(self.worker, config, self.writer, self.source, lambda: self.load)
+        contents = EngineContents(self.worker, self.source)
+        self.publisher = Publisher(self.worker, config, self.writer, contents, lambda: self.load)
 
     async def registered(self) -> RegisteredWorker | None:
         _, workers = await MemoryIndexReader(self.index).workers(self.worker.pool)
@@ -358,7 +360,12 @@ async def test_a_large_state_is_sent_in_many_batches_while_the_lease_goes_on(ben
 async def test_age_settles_reservations_for_publishers_that_cannot_name_them():
     bench = Bench()
     publisher = Publisher(
-        bench.worker, CONFIG, bench.writer, bench.source, lambda: bench.load, settle_older_than_ms=700
+        bench.worker,
+        CONFIG,
+        bench.writer,
+        EngineContents(bench.worker, bench.source),
+        lambda: bench.load,
+        settle_older_than_ms=700,
     )
     publisher.start()
     await eventually(lambda: bench.writer.settle_older_than_ms)

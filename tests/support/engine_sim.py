@@ -35,6 +35,7 @@ from starlette.types import ASGIApp, Receive, Scope, Send
 from tokenizers import Tokenizer
 
 from kvindex.config import PublisherConfig
+from kvindex.contents import EngineContents
 from kvindex.event_source import ZmqEventSource
 from kvindex.publisher import Publisher
 from kvindex.redis_index import RedisIndexWriter
@@ -310,7 +311,9 @@ def publish(options: argparse.Namespace, engine: Engine) -> Publisher:
     )
     source = ZmqEventSource(options.events, options.replay)
     worker = engine_flaws.registered(options, worker)
-    publisher = Publisher(worker, config, RedisIndexWriter(config), source, engine.report)
+    publisher = Publisher(
+        worker, config, RedisIndexWriter(config), EngineContents(worker, source), engine.report
+    )
     publisher.start()
     return publisher
 

@@ -20,6 +20,7 @@ HEAD = """\
 # Metrics
 
 Gateways serve them at `/metrics` of the admin port, publishers at `metrics_port`,
+agents of tiers at their own port (`tier_agent_port`),
 engines those of transfers at `transfer_metrics_port`. Durations are in seconds,
 sizes in bytes. Labels have few values: what a client sends is never one.
 [A dashboard](../deploy/grafana/kvlane.json) of them can be imported into Grafana.

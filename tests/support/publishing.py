@@ -10,6 +10,7 @@ from prometheus_client import REGISTRY
 
 from kvindex.blocks import Pool
 from kvindex.config import IndexConfig, PublisherConfig, index_config
+from kvindex.contents import EngineContents
 from kvindex.errors import IndexUnavailable, KvIndexError
 from kvindex.publisher import LoadReport, Publisher
 from kvindex.redis_index import RedisIndexReader, RedisIndexWriter
@@ -68,7 +69,11 @@ class Published:
         self.source = ScriptedSource()
         self.writer = CountingWriter(self.config)
         self.publisher = Publisher(
-            self.worker, self.config, self.writer, self.source, lambda: LoadReport(Load())
+            self.worker,
+            self.config,
+            self.writer,
+            EngineContents(self.worker, self.source),
+            lambda: LoadReport(Load()),
         )
         self.publisher.start()
 

@@ -1,0 +1,50 @@
+"""Places outside the engines that keep KV: what they are and how they stand in the index. Plain values."""
+
+from __future__ import annotations
+
+import msgspec
+
+from kvindex.blocks import Pool
+from kvindex.chunks import chunk_pool
+from kvindex.worker import Tier
+
+
+class Store(msgspec.Struct, frozen=True, kw_only=True):
+    """The chunks of one model in a node's CPU memory, on its disk, or in a bucket, as somebody tells of them.
+
+    What a store that several servers share holds is told by each of them for its own part, and by whoever
+    lists it; it holds what any of them says.
+    """
+
+    name: str
+    """Of the place. Workers name it as one that they reach (`TierAccess.stores`)."""
+    teller: str = ""
+    """The LMCache server whose events tell of it; empty: a listing of the place."""
+    tier: Tier
+    model: str
+    """As LMCache knows it."""
+    chunk_size: int
+    """Tokens per chunk."""
+    incarnation: str
+
+    @property
+    def holder_id(self) -> str:
+        """Stable across restarts."""
+        return f"{self.name} by {self.teller}" if self.teller else self.name
+
+    @property
+    def pool(self) -> Pool:
+        """The pool of the model's chunks."""
+        return chunk_pool(self.model, self.chunk_size)
+
+
+class RegisteredStore(msgspec.Struct, frozen=True, kw_only=True):
+    """A store with its place in the index."""
+
+    store: Store
+    slot: int
+    lease_ms: int
+    lease_left_ms: int
+    num_indexed_blocks: int
+    digest: str
+    """Order-independent digest of the indexed chunks, 16 hex digits."""
