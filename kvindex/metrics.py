@@ -37,9 +37,9 @@ WRITE_LAG = Gauge(
 STORE_CHUNKS = Gauge(
     "kvlane_store_chunks",
     "Chunks in a store, as events of its LMCache server or a listing tell.",
-    ["store", "tier", "model", "teller"],
+    ["store", "tier"],
 )
-STORE_BYTES = Gauge("kvlane_store_bytes", "Size of these chunks.", ["store", "tier", "model", "teller"])
+STORE_BYTES = Gauge("kvlane_store_bytes", "Size of these chunks.", ["store", "tier"])
 STORE_CAPACITY_BYTES = Gauge(
     "kvlane_store_capacity_bytes", "What a store may hold; 0: no limit is known.", ["store"]
 )

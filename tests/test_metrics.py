@@ -20,10 +20,14 @@ LABELS = {
     "outcome",
     "reason",
     "role",  # send, receive
+    "server",  # LMCache servers of the node
     "state",
     "status",
     "step",
+    "store",  # their tiers
     "tenant",  # from the operator's file
+    "tier",
+    "type",  # store, access, delete, config
     "verdict",
     "worker",  # in a publisher's process there is one
 }
@@ -35,7 +39,7 @@ HISTOGRAM_UNITS = ("seconds", "bytes", "tokens", "blocks")
 
 def test_names_follow_the_conventions():
     for each in metrics():
-        assert re.fullmatch(r"kvlane_(gateway|publisher|transfer)_[a-z][a-z0-9_]*", each.name), each
+        assert re.fullmatch(r"kvlane_(gateway|publisher|store|transfer)_[a-z][a-z0-9_]*", each.name), each
         words = each.name.removesuffix("_total").split("_")
         assert not set(words) & set(OTHER_UNITS), f"{each.name}: base units only"
         assert (each.kind == "counter") == each.name.endswith("_total"), each

@@ -40,7 +40,6 @@ _STOP_PATIENCE_S = 30.0
 
 _log = structlog.get_logger(__name__)
 
-_TELLERS = {False: "events", True: "listing"}
 _NO_LOAD = LoadReport(Load())
 
 
@@ -79,10 +78,9 @@ class _Followed:
         await asyncio.gather(*self._tasks, return_exceptions=True)
         await asyncio.gather(*(asyncio.to_thread(each.stop) for each in self._publishers.values()))
         self._client.close()
-        for place, model, is_listing in self._publishers:
-            labels = (place.name, place.tier, model, _TELLERS[is_listing])
-            metrics.STORE_CHUNKS.remove(*labels)
-            metrics.STORE_BYTES.remove(*labels)
+        for place in {place for place, _, _ in self._publishers}:
+            metrics.STORE_CHUNKS.remove(place.name, place.tier)
+            metrics.STORE_BYTES.remove(place.name, place.tier)
 
     async def _follow(self) -> None:
         try:
@@ -177,10 +175,14 @@ class _Followed:
     def _count(self) -> None:
         if self._holdings is None:
             return
-        for (place, model, is_listing), contents in self._holdings.contents.items():
-            labels = (place.name, place.tier, model, _TELLERS[is_listing])
-            metrics.STORE_CHUNKS.labels(*labels).set(contents.num_chunks)
-            metrics.STORE_BYTES.labels(*labels).set(contents.num_bytes)
+        contents = self._holdings.contents
+        for place in {place for place, _, _ in contents}:
+            for is_listing in (True, False):  # of a shared place, what is listed counts if it is ours to tell
+                told = [each for at, each in contents.items() if at[0] == place and at[2] == is_listing]
+                if num_chunks := sum(each.num_chunks for each in told):
+                    break
+            metrics.STORE_CHUNKS.labels(place.name, place.tier).set(num_chunks)
+            metrics.STORE_BYTES.labels(place.name, place.tier).set(sum(each.num_bytes for each in told))
         for name, capacity_bytes in self._holdings.capacity_bytes.items():
             metrics.STORE_CAPACITY_BYTES.labels(name).set(capacity_bytes)
 
