@@ -17,9 +17,11 @@ from pydantic_settings import (
 
 from gateway.profile import Profile
 from gateway.service import Admission
+from gateway.tiers import TierSpeed
 from kvindex.config import IndexConfig, describe
 from kvindex.errors import ConfigError
 from kvindex.tls import ClientTls, ServerTls
+from kvindex.worker import Tier
 
 
 def split_address(address: str) -> tuple[str, int]:
@@ -137,6 +139,10 @@ class GatewayConfig(IndexConfig):
     )
     transfer_latency_ms: float = Field(
         5.0, ge=0, description="What a transfer of KV costs whatever its size, each way."
+    )
+    tier_speeds: dict[Tier, TierSpeed] = Field(
+        default_factory=dict,
+        description="gb_per_s and latency_ms of loading KV by tier (cpu, disk, object); then measured.",
     )
     profiles: dict[str, Profile] = Field(
         default_factory=dict, description="What an engine's steps cost, by model; measured from there on."

@@ -23,7 +23,7 @@ from gateway.demand import RANK_HEADER, demand_of, named_model, ttft_target_ms
 from gateway.disagg import Disaggregation, Pair
 from gateway.errors import RequestError, TokenizerError
 from gateway.fleet import Fleet
-from gateway.halves import without_transfer_params
+from gateway.halves import PATHS, without_loads, without_transfer_params
 from gateway.lookup import Lookup, allowed, registered_state
 from gateway.plan import Choice, Demand, least_loaded, num_requests, plan
 from gateway.rates import Rates
@@ -31,6 +31,7 @@ from gateway.receipts import Receipt, Receipts
 from gateway.reserve import Charge, Reserver
 from gateway.service import prefer
 from gateway.split import whole
+from gateway.tiers import TierSpeeds
 from gateway.tokens.models import ServedModel
 from gateway.tokens.request import ReadRequest
 from kvindex.errors import IndexUnavailable
@@ -89,7 +90,8 @@ class KvRouter:
         self._reader = reader
         self._rates = rates
         self._receipts = receipts
-        self._lookup = Lookup(index, fleet, rates, max_hashes=config.receipt_hashes)
+        self._tier_speeds = TierSpeeds(config.tier_speeds)
+        self._lookup = Lookup(index, fleet, rates, self._tier_speeds, max_hashes=config.receipt_hashes)
         self._calls = Calls()
         self._reserver = Reserver(config, index, self._calls)
         self._disagg = Disaggregation(config, self._reserver, client)
@@ -357,15 +359,29 @@ class KvRouter:
             decision_id,
             receipt.destinations,
             request_headers=request_headers,
-            body=pair.bodies.decode if pair else None,
+            body=pair.bodies.decode if pair else self._unloaded_body(request, receipt),
             response_headers=response_headers,
             num_prompt_tokens=receipt.prompt_tokens,
         )
+
+    def _unloaded_body(self, request: HttpRequest, receipt: Receipt) -> bytes | None:
+        """Count what the chosen worker loads; return a body that has it computed, if that is the plan."""
+        choice = receipt.choice
+        if choice is None or not choice.loads:
+            return None
+        metric = metrics.LOADED_TOKENS if choice.is_loading else metrics.UNLOADED_TOKENS
+        for load in choice.loads:
+            metric.labels(load.tier).inc(load.num_tokens)
+        is_told = not choice.is_loading and receipt.path in PATHS
+        return without_loads(request.body) if is_told else None
 
     def _learn(self, choice: Choice, ttft_ms: float) -> None:
         late_ms = ttft_ms - choice.terms.ttft_ms
         direction = "late" if late_ms > 0 else "early"
         metrics.TTFT_ERROR_SECONDS.labels(direction).observe(abs(late_ms) / 1000)
+        if choice.is_loading:
+            self._tier_speeds.observe(choice.loads, predicted_ms=choice.terms.ttft_ms, ttft_ms=ttft_ms)
+            return
         num_tokens = choice.uncached_tokens + choice.candidate.state.backlog_tokens
         self._rates.observe(
             choice.candidate.worker,

@@ -25,7 +25,8 @@ from gateway.tokens.models import Models, ServedModel
 from kvindex.blocks import Pool
 from kvindex.errors import IndexUnavailable
 from kvindex.index import IndexReader
-from kvindex.worker import RegisteredWorker, Worker
+from kvindex.stores import Store
+from kvindex.worker import RegisteredWorker, Tier, Worker
 
 log = structlog.get_logger(__name__)
 
@@ -61,6 +62,8 @@ class FleetSnapshot:
     """Endpoints that refused our last connection."""
     models: Models = field(default_factory=Models)
     """What requests may ask for."""
+    stores: Mapping[Pool, Mapping[int, Store]] = field(default_factory=dict)
+    """The live stores of each pool of chunks, by slot."""
     parity: Mapping[str, Parity] = field(default_factory=dict)
     """Incarnation to the verdict on it; see `parity_of`."""
 
@@ -283,6 +286,7 @@ class Fleet:
     async def _poll(self) -> None:
         try:
             views = await asyncio.gather(*map(self._view, await self._index.pools()))
+            stores = dict(await asyncio.gather(*map(self._stores, await self._index.chunk_pools())))
         except IndexUnavailable as error:
             self._note(str(error))
             raise
@@ -295,7 +299,7 @@ class Fleet:
             pools = _with_missing(pools, self._snapshot.pools)
         live = {each.worker.incarnation for view in pools.values() for each in view.workers.values()}
         parity = {name: parity for name, parity in self._snapshot.parity.items() if name in live}
-        self._replace(pools=pools, parity=parity)
+        self._replace(pools=pools, stores=stores, parity=parity)
         self._count_workers()
         if not set(self.addresses) <= self._snapshot.cards.keys():
             self._probe_now.set()
@@ -306,6 +310,10 @@ class Fleet:
     async def _view(self, pool: Pool) -> PoolView:
         registry_version, workers = await self._index.workers(pool)
         return PoolView(pool, registry_version, {registered.slot: registered for registered in workers})
+
+    async def _stores(self, pool: Pool) -> tuple[Pool, dict[int, Store]]:
+        _, stores = await self._index.stores(pool)
+        return pool, {registered.slot: registered.store for registered in stores}
 
     async def _ask(self, endpoint: str) -> tuple[ModelCard, ...] | None:
         try:
@@ -328,6 +336,10 @@ class Fleet:
         metrics.LIVE_WORKERS.set(states.total())
         for state in State:
             metrics.WORKERS.labels(state).set(states[state])
+        tiers = Counter(store.tier for stores in snapshot.stores.values() for store in stores.values())
+        for tier in Tier:
+            if tier is not Tier.DEVICE:
+                metrics.STORES.labels(tier).set(tiers[tier])
         metrics.POOL_EXACT.clear()
         for pool, view in snapshot.pools.items():
             if view.workers:
@@ -364,7 +376,7 @@ class Fleet:
         while True:
             await asyncio.sleep(pause_s)
             pause_s = SWEEP_INTERVAL_S
-            for pool in self._snapshot.pools:
+            for pool in (*self._snapshot.pools, *self._snapshot.stores):
                 with contextlib.suppress(IndexUnavailable):
                     if await self._index.sweep(pool, max_buckets=SWEEP_BUCKETS):
                         pause_s = SWEEP_PAUSE_S

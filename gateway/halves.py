@@ -1,4 +1,5 @@
-"""The two bodies of a request that is prefilled on one worker and decoded on another. Pure.
+"""Bodies of requests that tell an engine more: the two of a request that is prefilled on one worker and
+decoded on another, and that of one which must not load from tiers. Pure.
 
 Only top-level values are taken apart; each is put back as its own bytes.
 
@@ -12,6 +13,8 @@ import re
 from typing import Any, NamedTuple
 
 import msgspec
+
+from kvindex.stores import LOAD_KEY
 
 PATHS = frozenset({"/v1/completions", "/v1/chat/completions"})
 """Whose requests can be split."""
@@ -64,6 +67,13 @@ def make_halves(body: bytes, *, transfer_id: str, peer: str, peer_tp_size: int) 
     first |= {"max_tokens": _raw(1), "stream": _raw(value=False), TRANSFER_FIELD: _raw({"kvlane": mine})}
     second = fields | {TRANSFER_FIELD: _raw({"kvlane": theirs})}
     return Halves(_ENCODER.encode(first), _ENCODER.encode(second))
+
+
+def without_loads(body: bytes) -> bytes | None:
+    """Return the body of a request whose prompt is computed, whatever tiers hold; None if it is none."""
+    if (fields := _fields(body)) is None:
+        return None
+    return _ENCODER.encode(fields | {TRANSFER_FIELD: _raw({LOAD_KEY: False})})
 
 
 def _may_split(fields: Fields) -> bool:

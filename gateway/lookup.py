@@ -6,10 +6,14 @@ import asyncio
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 
+import msgspec
+
 from gateway.chains import Chain, make_chain
-from gateway.fleet import Fleet
+from gateway.fleet import Fleet, PoolView
 from gateway.plan import Candidate, Demand, obstacle
 from gateway.rates import Rates
+from gateway.tier_lookup import Parts, TierLookup
+from gateway.tiers import TierSpeeds
 from gateway.tokens.models import ServedModel
 from gateway.tokens.request import Prompt, ReadRequest
 from kvindex.blocks import BlockHash, Pool, root_hash
@@ -75,10 +79,13 @@ def registered_state(registered: RegisteredWorker) -> WorkerState:
 class Lookup:
     """Finds candidates with their overlap. Holds no state of its own."""
 
-    def __init__(self, index: IndexReader, fleet: Fleet, rates: Rates, *, max_hashes: int) -> None:
+    def __init__(
+        self, index: IndexReader, fleet: Fleet, rates: Rates, speeds: TierSpeeds, *, max_hashes: int
+    ) -> None:
         self._index = index
         self._fleet = fleet
         self._rates = rates
+        self._tiers = TierLookup(index, fleet, speeds)
         self._max_hashes = max_hashes
 
     async def find(self, demand: Demand, served: ServedModel, read: ReadRequest | None) -> Found:
@@ -92,15 +99,27 @@ class Lookup:
             IndexUnavailable: the index does not answer.
         """
         views = self._fleet.snapshot.pools_of(served.base)
-        found = await asyncio.gather(
+        reaching = asyncio.gather(
             *(self._find_in(view.pool, demand, served.lora_name, read) for view in views)
         )
+        found, parts = await asyncio.gather(reaching, self._find_in_tiers(views, served.lora_name, read))
         return Found(
-            candidates=tuple(candidate for each in found for candidate in each.candidates),
+            candidates=tuple(
+                _with_tiers(candidate, parts) for each in found for candidate in each.candidates
+            ),
             excluded={name: reason for each in found for name, reason in each.excluded.items()},
             chains=tuple(chain for each in found for chain in each.chains),
             prompts={pool: hashes for each in found for pool, hashes in each.prompts.items()},
         )
+
+    async def _find_in_tiers(
+        self, views: Iterable[PoolView], lora_name: str | None, read: ReadRequest | None
+    ) -> Parts:
+        workers = (each.worker for view in views for each in view.workers.values())
+        accesses = {worker.tiers for worker in workers if worker.tiers is not None}
+        if read is None or not accesses:
+            return {}
+        return await self._tiers.find(accesses, longest_prompt(read), lora_name, read.cache_salt)
 
     async def _find_in(
         self, pool: Pool, demand: Demand, lora_name: str | None, read: ReadRequest | None
@@ -156,3 +175,9 @@ class Lookup:
             # `kvlane publish` may not know the size of the cache.
             cache_fill=registered.num_indexed_blocks / worker.num_blocks if worker.num_blocks else 0.0,
         )
+
+
+def _with_tiers(candidate: Candidate, parts: Parts) -> Candidate:
+    access = candidate.worker.tiers
+    found = parts.get(access, ()) if access else ()
+    return msgspec.structs.replace(candidate, tiers=found) if found else candidate

@@ -54,6 +54,18 @@ PREFILL_HALVES = Counter(
     "request's end.",
     ["outcome"],
 )
+LOADED_TOKENS = Counter(
+    "kvlane_gateway_loaded_tokens", "Prompt tokens that the chosen worker loads from tiers.", ["tier"]
+)
+UNLOADED_TOKENS = Counter(
+    "kvlane_gateway_unloaded_tokens",
+    "Prompt tokens in tiers that the chosen worker computes, since that is predicted to be faster.",
+    ["tier"],
+)
+TIER_LOOKUP_FAILURES = Counter(
+    "kvlane_gateway_tier_lookup_failures", "Decisions made without what tiers hold: the index did not answer."
+)
+STORES = Gauge("kvlane_gateway_stores", "Live stores outside the engines, by the kind of place.", ["tier"])
 LIVE_WORKERS = Gauge("kvlane_gateway_live_workers", "Workers with a live lease.")
 WORKERS = Gauge(
     "kvlane_gateway_workers",

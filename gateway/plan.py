@@ -12,6 +12,7 @@ import xxhash
 
 from gateway.parity import Reason
 from gateway.profile import Profile, num_pairs
+from gateway.tiers import TierLoad, TierPart, tier_loads
 from kvindex.worker import Role, Worker, WorkerState
 
 TIE_SHARE = 0.1
@@ -62,6 +63,8 @@ class Candidate(msgspec.Struct, frozen=True, kw_only=True):
     """What its steps cost, as far as is known."""
     pending_blocks: int = 0
     """Leading blocks that it has been asked to compute for others, who are in its queue."""
+    tiers: tuple[TierPart, ...] = ()
+    """Leading tokens that it would load from the stores that it reaches, one part behind the other."""
     role: Role = Role.BOTH
     degraded: Reason | None = None
     """Why the overlap does not count; None where it does."""
@@ -72,7 +75,7 @@ class Candidate(msgspec.Struct, frozen=True, kw_only=True):
 class Terms(msgspec.Struct, frozen=True, kw_only=True):
     """What sending a request to a worker means, part by part, in milliseconds of time to first token.
 
-    The first three are the prediction for the request itself, the others what it costs others there.
+    The first four are the prediction for the request itself, the others what it costs others there.
     """
 
     queue_ms: float
@@ -81,6 +84,8 @@ class Terms(msgspec.Struct, frozen=True, kw_only=True):
     """This request's tokens that the worker has not cached, attention to the cached ones included."""
     sharing_ms: float = 0.0
     """The fixed part of the steps until then, and the decodes that run in them."""
+    load_ms: float = 0.0
+    """Loading from tiers what the worker has not cached."""
     slowdown_ms: float = 0.0
     """The prefill as a delay of every answer that is running, by `DECODE_WEIGHT`."""
     crowding_ms: float = 0.0
@@ -89,7 +94,7 @@ class Terms(msgspec.Struct, frozen=True, kw_only=True):
     @property
     def ttft_ms(self) -> float:
         """Predicted time to first token."""
-        return self.queue_ms + self.prefill_ms + self.sharing_ms
+        return self.queue_ms + self.load_ms + self.prefill_ms + self.sharing_ms
 
     @property
     def cost_ms(self) -> float:
@@ -105,7 +110,17 @@ class Choice(msgspec.Struct, frozen=True, kw_only=True):
     pending_tokens: int
     """Tokens behind these that the worker will have computed for others by then."""
     uncached_tokens: int
+    """Tokens that it has to compute."""
     terms: Terms
+    loads: tuple[TierLoad, ...] = ()
+    """What the tiers have behind the cached and pending tokens."""
+    is_loading: bool = False
+    """Whether that is loaded; if not, computing it is predicted to be faster."""
+
+    @property
+    def loaded_tokens(self) -> int:
+        """Tokens that it has to load."""
+        return sum(load.num_tokens for load in self.loads) if self.is_loading else 0
 
     @property
     def charge_tokens(self) -> int:
@@ -152,6 +167,8 @@ def weigh(demand: Demand, candidate: Candidate) -> Choice:
     Blocks that are pending count as cached, since their computation counts as queue: so siblings go together
     until the queue there costs more than computing their prefix again elsewhere.
 
+    What tiers hold behind them is loaded where that and computing the rest is faster than computing all.
+
     The engine computes at least the last token of a prompt, so a hit ends before the block that
     contains it.
 
@@ -168,6 +185,16 @@ def weigh(demand: Demand, candidate: Candidate) -> Choice:
     profile, state = candidate.profile, candidate.state
     load = state.load
     prefill_ms = profile.prefill_ms(uncached_tokens, num_pairs(uncached_tokens, num_before))
+    parts = () if candidate.degraded else candidate.tiers
+    loads = tier_loads(parts, num_before, demand.num_lookup_tokens - 1, candidate.worker.bytes_per_token)
+    num_loaded = sum(each.num_tokens for each in loads)
+    load_ms = sum(each.ms for each in loads)
+    rest_tokens = uncached_tokens - num_loaded
+    rest_ms = profile.prefill_ms(rest_tokens, num_pairs(rest_tokens, num_before + num_loaded))
+    # All of it or nothing: an engine is not told where to stop.
+    is_loading = bool(loads) and load_ms + rest_ms < prefill_ms
+    if is_loading:
+        uncached_tokens, prefill_ms = rest_tokens, rest_ms
     step_tokens = max(1, (candidate.worker.max_num_batched_tokens or STEP_TOKENS) - load.running_requests)
     num_steps = -(-(state.backlog_tokens + uncached_tokens) // step_tokens)
     return Choice(
@@ -179,9 +206,12 @@ def weigh(demand: Demand, candidate: Candidate) -> Choice:
             queue_ms=profile.prefill_ms(state.backlog_tokens, load.waiting_prefill_pairs),
             prefill_ms=prefill_ms,
             sharing_ms=num_steps * profile.shared_step_ms(load.running_requests, load.running_tokens),
+            load_ms=load_ms if is_loading else 0.0,
             slowdown_ms=DECODE_WEIGHT * load.running_requests * prefill_ms,
             crowding_ms=CROWDING * prefill_ms,
         ),
+        loads=loads,
+        is_loading=is_loading,
     )
 
 

@@ -115,6 +115,8 @@ def _view_choice(choice: Choice) -> dict[str, Any]:
         "degraded": candidate.degraded,
         "cached_tokens": choice.cached_tokens,
         "pending_tokens": choice.pending_tokens,
+        "loaded_tokens": choice.loaded_tokens,
+        "loads": msgspec.to_builtins(choice.loads),
         "uncached_tokens": choice.uncached_tokens,
         "backlog_tokens": state.backlog_tokens,
         "running_requests": state.load.running_requests,

@@ -8,6 +8,9 @@ from kvindex.blocks import Pool
 from kvindex.chunks import chunk_pool
 from kvindex.worker import Tier
 
+LOAD_KEY = "kvlane.load_tiers"
+"""In a request's `kv_transfer_params`: false has the prompt computed, whatever the stores hold."""
+
 
 class Store(msgspec.Struct, frozen=True, kw_only=True):
     """The chunks of one model in a node's CPU memory, on its disk, or in a bucket, as somebody tells of them.

@@ -5,7 +5,8 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from connectors.params import new_transfer_id, parse_params
-from gateway.halves import make_halves, without_transfer_params
+from gateway.halves import make_halves, without_loads, without_transfer_params
+from kvindex.stores import LOAD_KEY
 
 BODY = {"model": "tiny", "prompt": "Hello", "max_tokens": 50, "temperature": 0.5, "stream": True}
 JSON = st.recursive(
@@ -70,3 +71,9 @@ def test_a_clients_transfer_parameters_go_however_they_are_written(name: str):
 def test_other_bodies_stay_untouched():
     for body in (b"", b"[]", b'{"prompt": "kv_transfer_params"}', json.dumps(BODY).encode()):
         assert without_transfer_params(body) is None
+
+
+def test_a_prompt_that_is_not_to_be_loaded_says_so_and_nothing_else():
+    told = json.loads(without_loads(json.dumps(BODY).encode()))
+    assert told == BODY | {"kv_transfer_params": {LOAD_KEY: False}}
+    assert without_loads(b"[1]") is None

@@ -1,0 +1,79 @@
+"""From a prompt to what stores outside the engines hold of it."""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import Iterable, Mapping
+
+import structlog
+
+from gateway import metrics
+from gateway.fleet import Fleet
+from gateway.tiers import TierPart, TierSpeeds, tier_runs
+from gateway.tokens.request import Prompt
+from kvindex.blocks import BlockHash, Pool
+from kvindex.chunks import chunk_blocks, chunk_pool, chunk_salt, hash_chunks
+from kvindex.errors import IndexUnavailable
+from kvindex.index import IndexReader
+from kvindex.worker import TierAccess
+
+Parts = Mapping[TierAccess, tuple[TierPart, ...]]
+
+_log = structlog.get_logger(__name__)
+
+
+class TierLookup:
+    """Finds what workers would load. Holds no state of its own."""
+
+    def __init__(self, index: IndexReader, fleet: Fleet, speeds: TierSpeeds) -> None:
+        self._index = index
+        self._fleet = fleet
+        self._speeds = speeds
+
+    async def find(
+        self, accesses: Iterable[TierAccess], prompt: Prompt, lora_name: str | None, cache_salt: str | None
+    ) -> Parts:
+        """Return, for each way to reach stores, the leading tokens of the prompt that it would load.
+
+        An index that does not answer costs the tiers, and nothing else.
+        """
+        salt = chunk_salt(lora_name, cache_salt)
+        tokens = prompt.tokens[: prompt.num_comparable_tokens]
+        groups: dict[tuple[Pool, int], list[TierAccess]] = {}
+        for access in set(accesses):
+            pool = chunk_pool(access.model, access.chunk_size)
+            if self._fleet.snapshot.stores.get(pool):
+                groups.setdefault((pool, access.world_size), []).append(access)
+        hashes = {size: hash_chunks(tokens, size) for size in {pool.block_size for pool, _ in groups}}
+        found = await asyncio.gather(
+            *(
+                self._find_in(pool, chunk_blocks(hashes[pool.block_size], salt, world_size), group)
+                for (pool, world_size), group in groups.items()
+            )
+        )
+        return {access: parts for each in found for access, parts in each.items()}
+
+    async def _find_in(self, pool: Pool, chunks: list[BlockHash], accesses: Iterable[TierAccess]) -> Parts:
+        try:
+            slots = await self._index.holders_of(pool, chunks)
+        except IndexUnavailable as error:
+            metrics.TIER_LOOKUP_FAILURES.inc()
+            _log.debug("the index does not tell what tiers hold", reason=str(error))
+            return {}
+        stores = self._fleet.snapshot.stores.get(pool, {})
+        holders = [[stores[slot] for slot in slots[chunk] if slot in stores] for chunk in chunks]
+        return {
+            access: tuple(
+                TierPart(
+                    store=store.name,
+                    tier=store.tier,
+                    first_token=first_token,
+                    end_token=end_token,
+                    speed=self._speeds.speed(store.name, store.tier),
+                )
+                for store, first_token, end_token in tier_runs(
+                    holders, frozenset(access.stores), access.chunk_size
+                )
+            )
+            for access in accesses
+        }

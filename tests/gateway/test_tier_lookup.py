@@ -1,0 +1,176 @@
+"""Requests to workers that load from stores, from the prompt to the body that the engine gets."""
+
+from __future__ import annotations
+
+import json
+
+import pytest
+
+from gateway.config import GatewayConfig
+from gateway.decision import End, Served
+from gateway.probe import ModelCard, worker_client
+from kvindex.chunks import chunk_blocks, chunk_salt, hash_chunks
+from kvindex.errors import IndexUnavailable
+from kvindex.stores import LOAD_KEY, Store
+from kvindex.worker import Batch, Tier, TierAccess
+from tests.support.router_bench import LEASE_MS, PROMPT, Bench, blocks_of
+
+CHUNK = 64
+
+
+@pytest.fixture
+async def make():
+    async with worker_client(GatewayConfig()) as client:
+        yield lambda **options: Bench(client, **options)
+
+
+@pytest.fixture
+def bench(make):
+    return make()
+
+
+def access(*stores: str, world_size: int = 1) -> TierAccess:
+    return TierAccess(model="/models/tiny", chunk_size=CHUNK, world_size=world_size, stores=stores)
+
+
+async def keep(
+    bench: Bench,
+    name: str,
+    tier: Tier,
+    *,
+    num_chunks: int = 6,
+    lora: str | None = None,
+    salt: str | None = None,
+    world_size: int = 1,
+    teller: str = "",
+) -> Store:
+    """Have a store hold the first chunks of the prompt."""
+    store = Store(
+        name=name, teller=teller, tier=tier, model="/models/tiny", chunk_size=CHUNK, incarnation=name
+    )
+    slot = bench.writer.open_slot(store, lease_ms=LEASE_MS)
+    hashes = hash_chunks(PROMPT, CHUNK)[:num_chunks]
+    blocks = chunk_blocks(hashes, chunk_salt(lora, salt), world_size)
+    bench.writer.apply(store.pool, slot, store.incarnation, Batch(sequence=1, stored=tuple(blocks)))
+    await bench.fleet.poll()
+    return store
+
+
+async def test_a_store_makes_those_candidates_that_reach_it(bench):
+    await bench.join("a:1", tiers=access("a/cpu", "s3://b"))
+    await bench.join("b:1", tiers=access("b/cpu", "s3://b"))
+    await bench.join("none:1")
+    await keep(bench, "a/cpu", Tier.CPU)
+    decision = await bench.decide()
+    assert decision.destinations[0] == "a:1"
+    loaded = {
+        choice.candidate.worker.endpoint: choice.loaded_tokens for choice in bench.receipt(decision).choices
+    }
+    assert loaded == {"a:1": 384, "b:1": 0, "none:1": 0}
+    await bench.router.finish(decision.decision_id, End.COMPLETE)
+    await keep(bench, "s3://b", Tier.OBJECT)
+    loads = {
+        choice.candidate.worker.endpoint: [each.store for each in choice.loads]
+        for choice in bench.receipt(await bench.decide()).choices
+    }
+    assert loads == {"a:1": ["a/cpu"], "b:1": ["s3://b"], "none:1": []}
+
+
+async def test_the_tiers_of_a_worker_count_together(bench):
+    await bench.join("a:1", tiers=access("a/cpu", "a/fs", "s3://b"))
+    await keep(bench, "a/cpu", Tier.CPU, num_chunks=2)
+    await keep(bench, "a/fs", Tier.DISK, num_chunks=5)
+    receipt = bench.receipt(await bench.decide())
+    assert [(each.store, each.num_tokens) for each in receipt.choice.loads] == [("a/cpu", 128), ("a/fs", 192)]
+    view = receipt.view()["candidates"][0]
+    assert view["loaded_tokens"] == 320
+    assert view["loads"][0] == {
+        "store": "a/cpu",
+        "tier": "cpu",
+        "num_tokens": 128,
+        "ms": pytest.approx(5.01, abs=0.1),
+    }
+    assert view["terms"]["load_ms"] > 0
+
+
+@pytest.mark.parametrize(
+    ("kept", "asked", "is_found"),
+    [
+        ({}, {}, True),
+        ({"salt": "s"}, {"cache_salt": "s"}, True),
+        ({"lora": "adapter"}, {"model": "adapter"}, True),
+        ({}, {"cache_salt": "s"}, False),
+        ({"salt": "s"}, {}, False),
+        ({}, {"model": "adapter"}, False),
+        ({"lora": "adapter"}, {}, False),
+        ({"salt": "adapter"}, {"model": "adapter"}, False),
+        ({"world_size": 2}, {}, False),
+    ],
+)
+async def test_salts_adapters_and_ranks_part_what_is_stored(bench, kept, asked, is_found):
+    cards = [ModelCard(id="adapter", parent="tiny")]
+    await bench.join("a:1", tiers=access("a/cpu"), cards=cards)
+    await keep(bench, "a/cpu", Tier.CPU, **kept)
+    choice = bench.receipt(await bench.decide(**asked)).choice
+    assert choice.loaded_tokens == (384 if is_found else 0)
+
+
+async def test_what_is_slower_to_load_is_computed_and_the_engine_is_told(make):
+    bench = make(tier_speeds={"object": {"gb_per_s": 0.001, "latency_ms": 1000}})
+    await bench.join("a:1", tiers=access("s3://b"))
+    await keep(bench, "s3://b", Tier.OBJECT)
+    decision = await bench.decide()
+    assert json.loads(decision.body)["kv_transfer_params"] == {LOAD_KEY: False}
+    assert json.loads(decision.body)["model"] == "tiny"
+    view = bench.receipt(decision).view()["candidates"][0]
+    assert (view["loaded_tokens"], view["loads"][0]["store"], view["terms"]["load_ms"]) == (0, "s3://b", 0)
+
+
+async def test_a_body_stays_as_it_is_where_tiers_are_loaded_from_or_have_nothing_new(bench):
+    await bench.join("a:1", tiers=access("a/cpu"))
+    assert (await bench.decide()).body is None
+    await keep(bench, "a/cpu", Tier.CPU)
+    assert (await bench.decide()).body is None
+    bench.leave("a:1")
+    await bench.join("a:1", tiers=access("a/cpu"), blocks=blocks_of(), incarnation="next")
+    decision = await bench.decide()
+    assert decision.body is None
+    assert bench.receipt(decision).choice.loads == ()
+
+
+async def test_a_store_that_is_found_slow_turns_itself_off(bench):
+    await bench.join("a:1", tiers=access("s3://b"))
+    await keep(bench, "s3://b", Tier.OBJECT)
+    num_loading = 0
+    while (decision := await bench.decide(stream=True)).body is None:
+        num_loading += 1
+        assert num_loading < 50
+        await bench.router.finish(decision.decision_id, End.COMPLETE)
+        bench.router.record(
+            Served(decision.decision_id, 200, "a:1", 5_000.0, None, request_bytes=0, response_bytes=0)
+        )
+    assert num_loading
+    assert bench.rates.profile(bench.slots["a:1"][0]).prefill_tokens_per_s == 1000
+
+
+async def test_an_index_that_does_not_tell_of_chunks_costs_the_tiers_alone(bench, monkeypatch):
+    await bench.join("a:1", tiers=access("a/cpu"), blocks=blocks_of()[:4])
+    await keep(bench, "a/cpu", Tier.CPU)
+
+    async def refuse(*_):
+        raise IndexUnavailable("the node of the chunks is away")
+
+    monkeypatch.setattr(bench.index, "holders_of", refuse)
+    receipt = bench.receipt(await bench.decide())
+    assert (receipt.mode, receipt.matched_tokens, receipt.choice.loads) == ("overlap", 64, ())
+
+
+async def test_a_store_that_has_left_is_not_counted(bench):
+    await bench.join("a:1", tiers=access("a/cpu"))
+    store = await keep(bench, "a/cpu", Tier.CPU)
+    assert bench.receipt(await bench.decide()).choice.loaded_tokens == 384
+    [slot] = bench.fleet.snapshot.stores[store.pool]
+    bench.writer.close_slot(store.pool, slot, store.incarnation)
+    assert bench.receipt(await bench.decide()).choice.loads == ()
+    await bench.fleet.poll()
+    assert bench.fleet.snapshot.stores[store.pool] == {}

@@ -1,0 +1,193 @@
+from __future__ import annotations
+
+import math
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from gateway.plan import Candidate, Demand, weigh
+from gateway.profile import Profile
+from gateway.tiers import (
+    BOUND,
+    HALF_LIFE_S,
+    TierLoad,
+    TierPart,
+    TierSpeed,
+    TierSpeeds,
+    tier_loads,
+    tier_runs,
+)
+from kvindex.stores import Store
+from kvindex.worker import Load, Tier, WorkerState
+from tests.support.workers import make_worker
+
+FAST = TierSpeed(gb_per_s=1.024, latency_ms=2.0)  # 1 ms for 1000 tokens of 1024 bytes
+SLOW = TierSpeed(gb_per_s=0.001024, latency_ms=100.0)
+
+
+def store(name: str, tier: Tier, teller: str = "") -> Store:
+    return Store(name=name, teller=teller, tier=tier, model="m", chunk_size=64, incarnation=name)
+
+
+CPU, DISK = store("a/cpu", Tier.CPU), store("a/fs", Tier.DISK)
+BUCKET, OTHER_CPU = store("s3://b", Tier.OBJECT), store("b/cpu", Tier.CPU)
+REACHED = frozenset({"a/cpu", "a/fs", "s3://b"})
+
+
+def runs(*chunks: list[Store], reached: frozenset[str] = REACHED) -> list[tuple[str, int, int]]:
+    return [(each.name, first, end) for each, first, end in tier_runs(chunks, reached, 64)]
+
+
+def test_each_chunk_comes_from_the_fastest_tier_that_has_it_until_one_is_nowhere():
+    found = runs([BUCKET, CPU], [DISK, CPU], [DISK, BUCKET], [BUCKET], [], [CPU])
+    assert found == [("a/cpu", 0, 128), ("a/fs", 128, 192), ("s3://b", 192, 256)]
+
+
+def test_what_a_worker_does_not_reach_is_not_there():
+    assert runs([OTHER_CPU], [CPU]) == []
+    assert runs([OTHER_CPU, BUCKET], [OTHER_CPU]) == [("s3://b", 0, 64)]
+    assert runs() == []
+
+
+def test_all_who_tell_of_a_store_tell_of_one():
+    events = store("s3://b", Tier.OBJECT, "node")
+    assert runs([BUCKET], [events], [events, BUCKET]) == [("s3://b", 0, 192)]
+
+
+def part(at: Store, first: int, end: int, speed: TierSpeed = FAST) -> TierPart:
+    return TierPart(store=at.name, tier=at.tier, first_token=first, end_token=end, speed=speed)
+
+
+def test_a_load_is_what_lies_behind_the_cached_tokens_and_before_the_last():
+    parts = [part(CPU, 0, 1000), part(DISK, 1000, 3000, SLOW), part(CPU, 3000, 4000)]
+    [memory, disk] = tier_loads(parts, 500, 3499, 1024)
+    assert (memory.store, memory.num_tokens, memory.ms) == ("a/cpu", 999, pytest.approx(2 + 0.999))
+    assert (disk.store, disk.num_tokens, disk.ms) == ("a/fs", 2000, pytest.approx(100 + 2000))
+    assert tier_loads(parts, 4000, 5000, 1024) == ()
+
+
+def candidate(*parts: TierPart, overlap: int = 0, pending: int = 0, rate: float = 1000.0) -> Candidate:
+    return Candidate(
+        worker=make_worker(),
+        state=WorkerState(slot=0, load=Load(), charged_tokens=0, charged_requests=0),
+        overlap_blocks=overlap,
+        pending_blocks=pending,
+        profile=Profile(prefill_tokens_per_s=rate),
+        tiers=parts,
+    )
+
+
+def demand(num_tokens: int) -> Demand:
+    return Demand(num_tokens=num_tokens, num_lookup_tokens=num_tokens, model="tiny")
+
+
+def test_what_tiers_hold_is_loaded_where_that_is_faster():
+    choice = weigh(demand(1000), candidate(part(CPU, 0, 640)))
+    assert (choice.is_loading, choice.loaded_tokens, choice.uncached_tokens) == (True, 640, 360)
+    assert choice.terms.load_ms == pytest.approx(2.64)
+    assert choice.terms.prefill_ms == pytest.approx(360)
+    assert choice.terms.ttft_ms == pytest.approx(362.64)
+    assert choice.charge_tokens == 360
+
+
+def test_what_is_slower_to_load_is_computed_and_the_choice_says_what_it_was():
+    choice = weigh(demand(1000), candidate(part(BUCKET, 0, 640, SLOW)))
+    assert (choice.is_loading, choice.loaded_tokens, choice.uncached_tokens) == (False, 0, 1000)
+    assert choice.terms.load_ms == 0
+    assert [(load.store, load.num_tokens) for load in choice.loads] == [("s3://b", 640)]
+    assert choice.loads[0].ms == pytest.approx(740)
+
+
+def test_short_loads_are_not_worth_their_latency():
+    speed = TierSpeed(gb_per_s=100.0, latency_ms=100.0)
+    assert not weigh(demand(129), candidate(part(CPU, 0, 64, speed))).is_loading
+    assert weigh(demand(1290), candidate(part(CPU, 0, 640, speed))).is_loading
+
+
+def test_only_what_lies_behind_the_cached_and_the_pending_blocks_is_loaded():
+    choice = weigh(demand(1000), candidate(part(CPU, 0, 640), overlap=10, pending=20))
+    assert (choice.cached_tokens, choice.pending_tokens, choice.loaded_tokens) == (160, 160, 320)
+    choice = weigh(demand(1000), candidate(part(CPU, 0, 640), overlap=50))
+    assert choice.loads == ()
+    assert not choice.is_loading
+
+
+def test_the_last_token_is_computed():
+    choice = weigh(demand(640), candidate(part(CPU, 0, 640)))
+    assert (choice.loaded_tokens, choice.uncached_tokens) == (639, 1)
+
+
+@given(
+    st.integers(1, 5000),
+    st.integers(0, 400),
+    st.lists(st.tuples(st.integers(1, 20), st.floats(0.001, 100), st.floats(0, 500)), max_size=4),
+)
+def test_loading_is_never_chosen_where_computing_is_predicted_faster(num_tokens, overlap, sizes):
+    parts, at = [], 0
+    for number, (num_chunks, gb_per_s, latency_ms) in enumerate(sizes):
+        speed = TierSpeed(gb_per_s=gb_per_s, latency_ms=latency_ms)
+        named = store(f"store {number}", Tier.DISK)
+        parts.append(part(named, at, at + 64 * num_chunks, speed))
+        at += 64 * num_chunks
+    with_tiers = weigh(demand(num_tokens), candidate(*parts, overlap=overlap))
+    without = weigh(demand(num_tokens), candidate(overlap=overlap))
+    assert with_tiers.terms.ttft_ms <= without.terms.ttft_ms
+    assert with_tiers.cached_tokens + with_tiers.loaded_tokens + with_tiers.uncached_tokens == num_tokens
+    assert with_tiers.uncached_tokens >= 1
+
+
+class Clock:
+    def __init__(self) -> None:
+        self.now_s = 0.0
+
+    def __call__(self) -> float:
+        return self.now_s
+
+
+def load(ms: float, at: Store = BUCKET) -> TierLoad:
+    return TierLoad(store=at.name, tier=at.tier, num_tokens=1000, ms=ms)
+
+
+def load_ms(speeds: TierSpeeds, at: Store = BUCKET) -> float:
+    whole = TierPart(
+        store=at.name, tier=at.tier, first_token=0, end_token=10_000, speed=speeds.speed(at.name, at.tier)
+    )
+    [found] = tier_loads([whole], 0, 10_000, 1024)
+    return found.ms
+
+
+def test_a_store_that_is_slower_than_predicted_is_soon_known_to_be():
+    speeds = TierSpeeds({Tier.OBJECT: FAST})
+    before_ms = load_ms(speeds)
+    for _ in range(12):
+        now_ms = load_ms(speeds)
+        speeds.observe([load(now_ms)], predicted_ms=now_ms + 10, ttft_ms=5 * before_ms + 10)
+    assert load_ms(speeds) == pytest.approx(5 * before_ms, rel=0.05)
+    assert load_ms(speeds, CPU) == load_ms(TierSpeeds(), CPU)
+
+
+def test_without_samples_a_slow_store_is_tried_again():
+    clock = Clock()
+    speeds = TierSpeeds({Tier.OBJECT: FAST}, clock=clock)
+    before_ms = load_ms(speeds)
+    for _ in range(50):
+        speeds.observe([load(100)], predicted_ms=100, ttft_ms=100_000)
+    assert load_ms(speeds) == pytest.approx(before_ms * math.exp(BOUND))
+    clock.now_s += 20 * HALF_LIFE_S
+    assert load_ms(speeds) == pytest.approx(before_ms, rel=1e-4)
+
+
+def test_a_load_that_is_a_small_part_of_the_prediction_tells_nothing():
+    speeds = TierSpeeds()
+    before_ms = load_ms(speeds)
+    speeds.observe([load(100)], predicted_ms=1000, ttft_ms=9000)
+    speeds.observe([], predicted_ms=1000, ttft_ms=9000)
+    assert load_ms(speeds) == before_ms
+
+
+def test_of_two_stores_the_larger_load_is_blamed_most():
+    speeds = TierSpeeds()
+    before = load_ms(speeds, CPU), load_ms(speeds, BUCKET)
+    speeds.observe([load(10, CPU), load(90)], predicted_ms=100, ttft_ms=300)
+    assert 1 < load_ms(speeds, CPU) / before[0] < load_ms(speeds, BUCKET) / before[1]
