@@ -380,7 +380,12 @@ class KvRouter:
         direction = "late" if late_ms > 0 else "early"
         metrics.TTFT_ERROR_SECONDS.labels(direction).observe(abs(late_ms) / 1000)
         if choice.is_loading:
-            self._tier_speeds.observe(choice.loads, predicted_ms=choice.terms.ttft_ms, ttft_ms=ttft_ms)
+            self._tier_speeds.observe(
+                choice.loads,
+                predicted_ms=choice.terms.ttft_ms,
+                queue_ms=choice.terms.queue_ms,
+                ttft_ms=ttft_ms,
+            )
             return
         num_tokens = choice.uncached_tokens + choice.candidate.state.backlog_tokens
         self._rates.observe(

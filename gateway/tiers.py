@@ -16,7 +16,7 @@ from kvindex.stores import Store
 from kvindex.worker import Tier
 
 TELLING_SHARE = 0.2
-"""Where loading is a smaller part of what was predicted, the first token tells nothing of a store."""
+"""Where loading is a smaller part of what was predicted and measured, a first token tells nothing of it."""
 
 STEP = 0.5
 """Share of the way to a full sample that one sample moves a store's speed, on a logarithmic scale."""
@@ -145,22 +145,29 @@ class TierSpeeds:
         log_factor = self._log_factor(store)
         return self._given[tier].slower(math.exp(log_factor)) if log_factor else self._given[tier]
 
-    def observe(self, loads: Sequence[TierLoad], *, predicted_ms: float, ttft_ms: float) -> None:
+    def observe(
+        self, loads: Sequence[TierLoad], *, predicted_ms: float, queue_ms: float, ttft_ms: float
+    ) -> None:
         """Correct the stores' speeds by a first token that was predicted with these loads.
 
         Args:
             predicted_ms: when it was expected, the loads included.
+            queue_ms: the part of it that was others' work: the larger, the less the sample tells.
             ttft_ms: when it came, after the decision.
         """
         load_ms = sum(load.ms for load in loads)
-        if load_ms <= 0 or load_ms < TELLING_SHARE * predicted_ms:
+        if load_ms <= 0:
             return
         took_ms = max(load_ms + ttft_ms - predicted_ms, load_ms * math.exp(-MOST_SURPRISE))
+        share = max(load_ms, took_ms) / max(predicted_ms, ttft_ms)
+        if share < TELLING_SHARE:
+            return
+        weight = share * (1 - queue_ms / predicted_ms)
         surprise = min(math.log(took_ms / load_ms), MOST_SURPRISE)
         for load in loads:
             log_factor = self._log_factor(load.store)
             # The prediction had the correction of then, which is that of now but for a few requests.
-            moved = log_factor + STEP * surprise * load.ms / predicted_ms
+            moved = log_factor + STEP * weight * surprise * load.ms / load_ms
             self._factors[load.store] = (max(-BOUND, min(moved, BOUND)), self._clock())
 
     def _log_factor(self, store: str) -> float:

@@ -17,6 +17,7 @@ from gateway.replay.readers import read_trace
 from gateway.replay.report import Report, show
 from gateway.replay.run import Summary, play, summarize
 from gateway.replay.simulation import FleetSpec, Outcome
+from gateway.replay.tiers import read_tiers
 from gateway.replay.trace import Trace
 from gateway.replay.variations import VARIATIONS, Variation
 from kvindex.errors import ConfigError
@@ -44,6 +45,16 @@ def replay(
     engine: Annotated[
         Path | None, typer.Option(metavar="FILE", help="YAML that describes the engines (docs/replay.md).")
     ] = None,
+    tier: Annotated[
+        list[str] | None,
+        typer.Option(
+            metavar="TIER=SIZE@GB_PER_S[@MS]",
+            help="What every worker has beside its cache: cpu, disk, or object, which all share.",
+        ),
+    ] = None,
+    tier_belief: Annotated[
+        float, typer.Option(min=0.01, help="How many times as fast as they are tiers are taken to be.")
+    ] = 1.0,
     ttft_target_ms: Annotated[float, typer.Option(min=1, help="What counts as goodput.")] = 2_000.0,
     seed: Annotated[int, typer.Option(help="The same seed gives the same result.")] = 0,
     plots: Annotated[
@@ -60,7 +71,11 @@ def replay(
     if variation is not None:
         trace = VARIATIONS[variation](trace, seed)
     fleet = FleetSpec(
-        engine=read_engine(engine).spec(trace.block_size), num_workers=workers, num_gateways=gateways
+        engine=read_engine(engine).spec(trace.block_size),
+        num_workers=workers,
+        num_gateways=gateways,
+        tiers=read_tiers(tier or ()),
+        tier_belief=tier_belief,
     )
     names = policy or list(PolicyName)
     speeds = speed or [1.0]

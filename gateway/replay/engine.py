@@ -29,6 +29,12 @@ class Job:
     decision_id: str = ""
     cached_tokens: int = 0
     computed_tokens: int = 0
+    loaded_blocks: int = 0
+    """Leading blocks that are there once the tiers have been read; 0 where they are not."""
+    may_load: bool = True
+    """Whether the engine reads what tiers hold of it."""
+    loaded_tokens: int = 0
+    """Of the cached ones, those that came from tiers."""
     step_tokens: int = 0
     """Of the computed ones, those of the step under way."""
     first_token_ms: float = math.nan
@@ -55,6 +61,8 @@ class EngineSpec:
     block_size: int
     max_num_batched_tokens: int = 8192
     max_num_seqs: int = 256
+    bytes_per_token: int = 1
+    """KV of a token, which is what tiers move."""
 
 
 @dataclass(slots=True)
@@ -90,7 +98,7 @@ class Engine:
 
     def submit(self, job: Job, now_ms: float) -> None:
         """Take `job` in; it is looked at when the present step is over."""
-        job.cached_tokens = self._usable_blocks(job) * self.spec.block_size
+        job.cached_tokens = max(self.usable_blocks(job), job.loaded_blocks) * self.spec.block_size
         self.waiting.append(job)
         if self.wake_ms == math.inf:
             self._begin(now_ms)
@@ -184,15 +192,18 @@ class Engine:
 
     def _admit(self, job: Job) -> bool:
         request, block_size = job.request, self.spec.block_size
-        num_cached = self._usable_blocks(job)
+        num_cached = self.usable_blocks(job)
         num_blocks = -(-(request.num_tokens + request.num_output_tokens) // block_size)
         job.allocation = self.cache.allocate(request.blocks[:num_cached], num_blocks - num_cached)
         if job.allocation is None:
             return False
-        job.cached_tokens = job.computed_tokens = num_cached * block_size
+        num_found = max(num_cached, job.loaded_blocks)
+        self.cache.fill(job.allocation, request.blocks[num_cached:num_found])
+        job.loaded_tokens = (num_found - num_cached) * block_size
+        job.cached_tokens = job.computed_tokens = num_found * block_size
         return True
 
-    def _usable_blocks(self, job: Job) -> int:
+    def usable_blocks(self, job: Job) -> int:
         """Return the leading blocks that are cached and leave at least one token to compute."""
         usable = (job.request.num_tokens - 1) // self.spec.block_size
         return self.cache.num_leading(job.request.blocks[:usable])

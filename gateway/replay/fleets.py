@@ -27,7 +27,7 @@ class EngineFile(Profile):
     eight H100 of one host: the size of Mooncake's own fleet. They are computed, not measured. Prefill: 140
     GFLOP a token at 40 % of the peak. Attention: 2.6 MFLOP a pair at the same. A step: 140 GB of weights at
     70 % of the memory's rate, and the exchange between the GPUs. A decoding request's context: 328 KB a token
-    at the same. Cache: what the weights leave of 90 % of the memory.
+    at the same. Cache: what the weights leave of 90 % of the memory, at 328 KB a token.
     """
 
     prefill_tokens_per_s: Annotated[float, Field(gt=0, allow_inf_nan=False)] = 23_000.0
@@ -38,6 +38,7 @@ class EngineFile(Profile):
     kv_tokens: Count = 1_360_000
     max_num_batched_tokens: Count = 8_192
     max_num_seqs: Count = 256
+    kv_bytes_per_token: Count = 327_680
 
     def spec(self, block_size: int) -> EngineSpec:
         """Return the engine for a trace that is cut into blocks of this size."""
@@ -47,6 +48,7 @@ class EngineFile(Profile):
             block_size=block_size,
             max_num_batched_tokens=self.max_num_batched_tokens,
             max_num_seqs=self.max_num_seqs,
+            bytes_per_token=self.kv_bytes_per_token,
         )
 
 

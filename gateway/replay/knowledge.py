@@ -79,6 +79,9 @@ class Told:
         for block, is_stored in changes.items():
             (held.add if is_stored else held.discard)(block)
 
+    def kept(self, store: int, changes: Mapping[int, bool], now_ms: float) -> None:
+        """See `Surroundings`. No other system's router is told of them."""
+
     def reported(self, worker: int, load: Load, accepted: Sequence[str], now_ms: float) -> None:
         """See `Surroundings`."""
         self.loads[worker] = load

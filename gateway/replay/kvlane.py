@@ -10,11 +10,16 @@ from gateway.plan import Candidate, Choice, Demand, plan
 from gateway.rates import Rates
 from gateway.replay.engine import Job
 from gateway.replay.simulation import FleetSpec
+from gateway.replay.tiers import reached_by, store_specs
 from gateway.reserve import Charge, Prompts, Reserver
+from gateway.tiers import TierPart, TierSpeeds, tier_runs
 from kvindex.blocks import BlockHash
 from kvindex.memory_index import MemoryIndex, MemoryIndexReader, MemoryIndexWriter
 from kvindex.pending import pending_blocks
-from kvindex.worker import Batch, Load, Worker
+from kvindex.stores import Store
+from kvindex.worker import Batch, Load, TierAccess, Worker
+
+_MODEL = "replay"
 
 FOREVER_MS = 1 << 62
 """A lease and a deadline that no simulation sees the end of."""
@@ -34,6 +39,31 @@ class SimulatedIndex:
         for number, worker in enumerate(self.workers):
             slot = self._writer.open_slot(worker, lease_ms=FOREVER_MS)
             assert slot == number  # noqa: S101 (slots are given out in order)
+        self.stores = [
+            Store(
+                name=name,
+                tier=spec.tier,
+                model=_MODEL,
+                chunk_size=fleet.engine.block_size,
+                incarnation=name,
+            )
+            for name, spec in store_specs(fleet.tiers, fleet.num_workers)
+        ]
+        for store in self.stores:
+            self._writer.open_slot(store, lease_ms=FOREVER_MS)
+        self._kept = [0] * len(self.stores)
+
+    @property
+    def now_ms(self) -> float:
+        """The time that reservations live by."""
+        return self._now_ms
+
+    async def store_holders(self, blocks: Sequence[BlockHash]) -> list[list[Store]]:
+        """Return the stores that hold each block."""
+        if not self.stores:
+            return []
+        found = await self.reader.holders_of(self.stores[0].pool, blocks)
+        return [[self.stores[slot] for slot in found[block]] for block in blocks]
 
     def at(self, now_ms: float) -> None:
         """Set the clock that reservations live by."""
@@ -49,6 +79,18 @@ class SimulatedIndex:
             removed=tuple(block for block, is_stored in changes.items() if not is_stored),
         )
         self._writer.apply(self.pool, worker, self.workers[worker].incarnation, batch)
+
+    def kept(self, store: int, changes: Mapping[int, bool], now_ms: float) -> None:
+        """See `Surroundings`."""
+        self.at(now_ms)
+        self._kept[store] += 1
+        batch = Batch(
+            sequence=self._kept[store],
+            stored=tuple(block for block, is_stored in changes.items() if is_stored),
+            removed=tuple(block for block, is_stored in changes.items() if not is_stored),
+        )
+        of = self.stores[store]
+        self._writer.apply(of.pool, store, of.incarnation, batch)
 
     def reported(self, worker: int, load: Load, accepted: Sequence[str], now_ms: float) -> None:
         """See `Surroundings`."""
@@ -66,6 +108,10 @@ class Kvlane:
         config = load_config(index_deadline_ms=FOREVER_MS // 1_000_000)
         self._reserver = Reserver(config, index.reader, Calls())
         self._rates = Rates(fleet.engine.profile)
+        self._speeds = TierSpeeds(
+            {spec.tier: spec.speed.slower(1 / fleet.tier_belief) for spec in fleet.tiers},
+            clock=lambda: self._index.now_ms / 1000,
+        )
         self._found: dict[int, tuple[Demand, tuple[Candidate, ...], Prompts]] = {}
         self._sent: dict[int, tuple[Choice, Charge]] = {}
 
@@ -78,6 +124,7 @@ class Kvlane:
         hashes = [BlockHash(each) for each in request.blocks]
         match = await self._index.reader.match(self._index.pool, hashes)
         pending = pending_blocks(match.pending, hashes)
+        holders = await self._index.store_holders(hashes)
         candidates = tuple(
             Candidate(
                 worker=self._index.workers[state.slot],
@@ -85,6 +132,7 @@ class Kvlane:
                 overlap_blocks=match.overlap_blocks.get(state.slot, 0),
                 pending_blocks=pending.get(state.slot, 0),
                 profile=self._rates.profile(self._index.workers[state.slot]),
+                tiers=self._parts(self._index.workers[state.slot], holders),
             )
             for state in match.states
         )
@@ -97,8 +145,26 @@ class Kvlane:
         choices = plan(demand, self._reserver.foreseen(candidates, prompts), seed=int(job.decision_id, 16))
         charged = await self._reserver.charge(job.decision_id, demand, candidates, choices, prompts)
         choice = charged.choices[0]
+        job.may_load = choice.is_loading or not choice.loads
         self._sent[job.number] = choice, charged.charge
         return choice.candidate.state.slot
+
+    def _parts(self, worker: Worker, holders: Sequence[Sequence[Store]]) -> tuple[TierPart, ...]:
+        access = worker.tiers
+        if access is None:
+            return ()
+        return tuple(
+            TierPart(
+                store=store.name,
+                tier=store.tier,
+                first_token=first_token,
+                end_token=end_token,
+                speed=self._speeds.speed(store.name, store.tier),
+            )
+            for store, first_token, end_token in tier_runs(
+                holders, frozenset(access.stores), access.chunk_size
+            )
+        )
 
     def first_token(self, job: Job, now_ms: float) -> None:
         """See `Policy`: what the access log tells at a request's end is enough."""
@@ -108,6 +174,14 @@ class Kvlane:
         choice, charge = self._sent.pop(job.number)
         self._index.at(now_ms)
         self._reserver.take_back(charge)
+        if choice.is_loading:
+            self._speeds.observe(
+                choice.loads,
+                predicted_ms=choice.terms.ttft_ms,
+                queue_ms=choice.terms.queue_ms,
+                ttft_ms=job.ttft_ms,
+            )
+            return
         worker = choice.candidate.worker
         num_tokens = choice.uncached_tokens + choice.candidate.state.backlog_tokens
         self._rates.observe(
@@ -123,11 +197,16 @@ class Kvlane:
 def _describe(fleet: FleetSpec, number: int) -> Worker:
     return Worker(
         endpoint=f"10.0.{number // 250}.{number % 250 + 1}:8000",
-        model="replay",
+        model=_MODEL,
         block_size=fleet.engine.block_size,
         num_blocks=fleet.engine.num_blocks,
-        bytes_per_token=1,
+        bytes_per_token=fleet.engine.bytes_per_token,
         max_model_len=1 << 30,
         incarnation=f"{number:016x}",
         max_num_batched_tokens=fleet.engine.max_num_batched_tokens,
+        tiers=TierAccess(
+            model=_MODEL, chunk_size=fleet.engine.block_size, stores=reached_by(fleet.tiers, number)
+        )
+        if fleet.tiers
+        else None,
     )

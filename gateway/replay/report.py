@@ -34,7 +34,8 @@ def show(console: Console, report: Report) -> None:
             title_justify="left",
         )
         table.add_column("policy", no_wrap=True)
-        for column in ("TTFT p50", "p90", "p99", "E2E p50", "p99", "hits", "in time", "spread"):
+        loaded = ("loaded",) if report.fleet.tiers else ()
+        for column in ("TTFT p50", "p90", "p99", "E2E p50", "p99", "hits", *loaded, "in time", "spread"):
             table.add_column(column, justify="right")
         for each in summaries:
             table.add_row(
@@ -42,6 +43,7 @@ def show(console: Console, report: Report) -> None:
                 *_seconds(each.ttft_ms.p50, each.ttft_ms.p90, each.ttft_ms.p99),
                 *_seconds(each.e2e_ms.p50, each.e2e_ms.p99),
                 f"{each.hit_rate:.1%}",
+                *(f"{each.loaded_rate:.1%}" for _ in loaded),
                 f"{each.goodput_per_s:.2f}/s",
                 f"{each.busiest_over_mean:.2f}",
             )

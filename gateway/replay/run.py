@@ -35,7 +35,9 @@ class Summary(msgspec.Struct, frozen=True, kw_only=True):
     ttft_ms: Quantiles
     e2e_ms: Quantiles
     hit_rate: float
-    """Prompt tokens that the engines had cached, of all."""
+    """Prompt tokens that the engines had cached or loaded, of all."""
+    loaded_rate: float = 0.0
+    """Those that came from tiers, of all."""
     goodput_per_s: float
     """Requests a second whose first token came in time."""
     busiest_over_mean: float
@@ -86,6 +88,7 @@ def summarize(policy: PolicyName, trace: Trace, outcome: Outcome, *, ttft_target
         ttft_ms=_quantiles([job.ttft_ms for job in jobs]),
         e2e_ms=_quantiles([job.e2e_ms for job in jobs]),
         hit_rate=sum(job.cached_tokens for job in jobs) / sum(job.request.num_tokens for job in jobs),
+        loaded_rate=sum(job.loaded_tokens for job in jobs) / sum(job.request.num_tokens for job in jobs),
         goodput_per_s=trace.requests_per_s * in_time / len(jobs),
         busiest_over_mean=max(outcome.busy_ms) / mean_busy_ms if mean_busy_ms else 1.0,
     )

@@ -9,6 +9,7 @@ from dataclasses import dataclass
 from typing import Any, Protocol
 
 from gateway.replay.engine import Engine, EngineSpec, Job
+from gateway.replay.tiers import SimulatedTiers, TierSpec
 from gateway.replay.trace import Trace
 from kvindex.worker import Load
 
@@ -27,6 +28,10 @@ class FleetSpec:
     """From a change in an engine's cache to its place in the index."""
     report_ms: float = 100.0
     """How often an engine tells of its load, while that changes."""
+    tiers: tuple[TierSpec, ...] = ()
+    """What every worker has behind its own cache, fastest first; a worker is a node."""
+    tier_belief: float = 1.0
+    """How many times as fast as they are the plan takes tiers to be, before it measures."""
 
 
 class Policy(Protocol):
@@ -51,6 +56,9 @@ class Surroundings(Protocol):
     def changed(self, worker: int, changes: Mapping[int, bool], now_ms: float) -> None:
         """Content was stored (True) or evicted (False)."""
 
+    def kept(self, store: int, changes: Mapping[int, bool], now_ms: float) -> None:
+        """Content was stored in a store outside the engines (True) or evicted (False)."""
+
     def reported(self, worker: int, load: Load, accepted: Sequence[str], now_ms: float) -> None:
         """An engine tells of its load, which contains the decisions `accepted` for the first time."""
 
@@ -60,9 +68,11 @@ class _Kind(enum.IntEnum):
 
     WAKE = 0
     CHANGED = 1
-    REPORT = 2
-    ARRIVE = 3
-    PLACE = 4
+    KEPT = 2
+    REPORT = 3
+    ARRIVE = 4
+    PLACE = 5
+    LOADED = 6
 
 
 @dataclass(frozen=True, slots=True)
@@ -86,6 +96,9 @@ class Simulation:
         self._policies = policies
         self._surroundings = surroundings
         self._engines = [Engine(fleet.engine) for _ in range(fleet.num_workers)]
+        self._tiers = SimulatedTiers(
+            fleet.tiers, fleet.num_workers, fleet.engine.block_size * fleet.engine.bytes_per_token
+        )
         self._planned_ms = [-1.0] * fleet.num_workers
         self._accepted: list[list[str]] = [[] for _ in range(fleet.num_workers)]
         self._reporting = [False] * fleet.num_workers
@@ -114,6 +127,11 @@ class Simulation:
             elif kind == _Kind.CHANGED:
                 worker, changes = subject
                 self._surroundings.changed(worker, changes, now_ms)
+            elif kind == _Kind.KEPT:
+                store, changes = subject
+                self._surroundings.kept(store, changes, now_ms)
+            elif kind == _Kind.LOADED:
+                self._submit(subject, now_ms)
             else:
                 self._report(subject, now_ms)
         return Outcome(tuple(jobs), len(self._engines), tuple(engine.busy_ms for engine in self._engines))
@@ -127,6 +145,17 @@ class Simulation:
 
     async def _place(self, job: Job, now_ms: float) -> None:
         job.worker = await self._policy_of(job).choose(job, now_ms)
+        if job.may_load:
+            num_usable = (job.request.num_tokens - 1) // self._fleet.engine.block_size
+            num_cached = self._engines[job.worker].usable_blocks(job)
+            blocks = job.request.blocks[:num_usable]
+            job.loaded_blocks, ready_ms = self._tiers.load(job.worker, blocks, num_cached, now_ms)
+            if ready_ms > now_ms:
+                self._foresee(ready_ms, _Kind.LOADED, job)
+                return
+        self._submit(job, now_ms)
+
+    def _submit(self, job: Job, now_ms: float) -> None:
         self._accepted[job.worker].append(job.decision_id)
         self._engines[job.worker].submit(job, now_ms)
         self._go_on(job.worker, now_ms)
@@ -150,7 +179,11 @@ class Simulation:
                 self._foresee(engine.wake_ms, _Kind.WAKE, worker)
         if engine.cache.changes:
             told_ms = now_ms + self._fleet.event_delay_ms
-            self._foresee(told_ms, _Kind.CHANGED, (worker, engine.cache.take_changes()))
+            changes = engine.cache.take_changes()
+            self._foresee(told_ms, _Kind.CHANGED, (worker, changes))
+            stored = [block for block, is_stored in changes.items() if is_stored]
+            for kept in self._tiers.keep(worker, stored):
+                self._foresee(told_ms, _Kind.KEPT, kept)
         if not self._reporting[worker]:
             self._reporting[worker] = True
             self._foresee(now_ms + self._fleet.report_ms, _Kind.REPORT, worker)

@@ -79,6 +79,7 @@ def test_the_view_names_every_candidate_with_its_terms():
         "queue_ms": 120.0,
         "prefill_ms": 18.0,
         "sharing_ms": 0.0,
+        "load_ms": 0.0,
         "slowdown_ms": 0.0,
         "crowding_ms": 18.0 * CROWDING,
     }

@@ -162,9 +162,16 @@ def test_a_store_that_is_slower_than_predicted_is_soon_known_to_be():
     before_ms = load_ms(speeds)
     for _ in range(12):
         now_ms = load_ms(speeds)
-        speeds.observe([load(now_ms)], predicted_ms=now_ms + 10, ttft_ms=5 * before_ms + 10)
+        speeds.observe([load(now_ms)], predicted_ms=now_ms + 10, queue_ms=0, ttft_ms=5 * before_ms + 10)
     assert load_ms(speeds) == pytest.approx(5 * before_ms, rel=0.05)
     assert load_ms(speeds, CPU) == load_ms(TierSpeeds(), CPU)
+
+
+def test_a_load_that_was_predicted_to_be_short_and_took_long_is_blamed():
+    speeds = TierSpeeds()
+    before_ms = load_ms(speeds)
+    speeds.observe([load(10)], predicted_ms=1000, queue_ms=0, ttft_ms=20_000)
+    assert load_ms(speeds) > 2 * before_ms
 
 
 def test_without_samples_a_slow_store_is_tried_again():
@@ -172,22 +179,23 @@ def test_without_samples_a_slow_store_is_tried_again():
     speeds = TierSpeeds({Tier.OBJECT: FAST}, clock=clock)
     before_ms = load_ms(speeds)
     for _ in range(50):
-        speeds.observe([load(100)], predicted_ms=100, ttft_ms=100_000)
+        speeds.observe([load(100)], predicted_ms=100, queue_ms=0, ttft_ms=100_000)
     assert load_ms(speeds) == pytest.approx(before_ms * math.exp(BOUND))
     clock.now_s += 20 * HALF_LIFE_S
     assert load_ms(speeds) == pytest.approx(before_ms, rel=1e-4)
 
 
-def test_a_load_that_is_a_small_part_of_the_prediction_tells_nothing():
+def test_a_load_that_is_a_small_part_of_the_whole_or_behind_a_queue_tells_nothing():
     speeds = TierSpeeds()
     before_ms = load_ms(speeds)
-    speeds.observe([load(100)], predicted_ms=1000, ttft_ms=9000)
-    speeds.observe([], predicted_ms=1000, ttft_ms=9000)
+    speeds.observe([load(100)], predicted_ms=1000, queue_ms=0, ttft_ms=1050)
+    speeds.observe([load(100)], predicted_ms=1000, queue_ms=1000, ttft_ms=9000)
+    speeds.observe([], predicted_ms=1000, queue_ms=0, ttft_ms=9000)
     assert load_ms(speeds) == before_ms
 
 
 def test_of_two_stores_the_larger_load_is_blamed_most():
     speeds = TierSpeeds()
     before = load_ms(speeds, CPU), load_ms(speeds, BUCKET)
-    speeds.observe([load(10, CPU), load(90)], predicted_ms=100, ttft_ms=300)
+    speeds.observe([load(10, CPU), load(90)], predicted_ms=100, queue_ms=0, ttft_ms=300)
     assert 1 < load_ms(speeds, CPU) / before[0] < load_ms(speeds, BUCKET) / before[1]
