@@ -408,8 +408,8 @@ class RedisIndexReader:
 
     async def memory(self, pool: Pool) -> PoolMemory:
         """Measure what the pool costs in Redis."""
-        _, workers = await self.workers(pool)
-        return await measure(self._redis.call, pool, [each.slot for each in workers])
+        described, fleet = await self._describe(pool)
+        return await measure(self._redis.call, pool, [slot for slot, *_ in described if slot in fleet.rows])
 
     async def used_memory_bytes(self) -> int:
         """Return what Redis has allocated in all."""

@@ -10,6 +10,7 @@ import msgspec
 
 from kvindex import keys
 from kvindex.blocks import Pool
+from kvindex.chunks import CHUNK_SCHEME
 
 SAMPLES = 64
 """Keys of one kind that are measured; the others are taken to be like them."""
@@ -20,7 +21,11 @@ class PoolMemory(msgspec.Struct, frozen=True, kw_only=True):
 
     pool_id: str
     model: str
-    num_workers: int
+    what: str
+    """What its entries are: block or chunk."""
+    holders: str
+    """Who has them: workers or stores."""
+    num_holders: int
     num_entries: int
     """Distinct blocks in the index, those of dead slots included until they are swept."""
     num_buckets: int
@@ -43,13 +48,14 @@ async def measure(call: Call, pool: Pool, slots: Sequence[int]) -> PoolMemory:
     Args:
         call: makes the commands.
         pool: which to measure.
-        slots: of the live workers.
+        slots: of the live workers or stores.
     """
     counts = await call("HMGET", keys.directory(pool), "buckets", "entries")
     num_buckets, num_entries = (int(count or 0) for count in counts)
     sampled = random.sample(range(num_buckets), min(SAMPLES, num_buckets))
     buckets = await _sizes(call, [keys.bucket_key(pool, bucket) for bucket in sampled])
     entries_bytes = round(sum(buckets) / len(buckets) * num_buckets) if buckets else 0
+    is_of_chunks = pool.scheme == CHUNK_SCHEME
     fixed_bytes = {}
     for name, found in keys.fixed_keys(pool, slots).items():
         some = random.sample(found, min(SAMPLES, len(found)))
@@ -58,7 +64,9 @@ async def measure(call: Call, pool: Pool, slots: Sequence[int]) -> PoolMemory:
     return PoolMemory(
         pool_id=pool.pool_id,
         model=pool.model,
-        num_workers=len(slots),
+        what="chunk" if is_of_chunks else "block",
+        holders="stores" if is_of_chunks else "workers",
+        num_holders=len(slots),
         num_entries=num_entries,
         num_buckets=num_buckets,
         num_sampled_buckets=len(sampled),

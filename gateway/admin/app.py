@@ -171,13 +171,15 @@ def _asked_prompt(content: bytes, salt_secret: bytes | None) -> tuple[str, bytes
 
 def _view_overlap(choice: Choice) -> dict[str, Any]:
     candidate = choice.candidate
+    tiers: dict[Tier, int] = {}
+    for part in candidate.tiers:
+        tiers[part.tier] = tiers.get(part.tier, 0) + part.end_token - part.first_token
     return {
         "worker": candidate.worker.worker_id,
         "matched_blocks": candidate.overlap_blocks,
         "matched_tokens": candidate.overlap_blocks * candidate.worker.block_size,
         "degraded": candidate.degraded,
-        # Workers publish what is on their device; other tiers have no holders yet.
-        "tiers": {Tier.DEVICE: candidate.overlap_blocks},
+        "tier_tokens": {Tier.DEVICE: candidate.overlap_blocks * candidate.worker.block_size} | tiers,
     }
 
 

@@ -253,7 +253,7 @@ async def test_prefix_asks_as_a_completion_or_a_chat(admin, gateway):
                 "matched_blocks": 2,
                 "matched_tokens": 32,
                 "degraded": None,
-                "tiers": {"device": 2},
+                "tier_tokens": {"device": 32},
             },
         ],
         "chains": [

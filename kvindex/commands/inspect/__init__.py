@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import typer
 
-from kvindex.commands.inspect import decisions, diff, drift, events, fleet, heatmap, memory, top
+from kvindex.commands.inspect import decisions, diff, drift, events, fleet, heatmap, memory, stores, top
 
 app = typer.Typer(
     no_args_is_help=True, add_completion=False, help="Show what the fleet and its index hold, and why."
@@ -14,6 +14,7 @@ for command in (
     top.top,
     fleet.workers,
     fleet.pools,
+    stores.stores,
     fleet.block,
     decisions.prefix,
     decisions.decision,

@@ -72,20 +72,19 @@ def _view_prefix(found: Mapping[str, Any]) -> RenderableType:
     if not found["workers"]:
         return Text(f"No live worker serves {found['model']}. {HOW_TO_JOIN}")
     num_tokens = found["prompt_tokens"]
-    tiers = [tier for tier in Tier if any(tier in each["tiers"] for each in found["workers"])]
+    tiers = [tier for tier in Tier if any(tier in each["tier_tokens"] for each in found["workers"])]
     rows = (
         (
             each["worker"],
-            *(f"{each['tiers'].get(tier, 0):,}" for tier in tiers),
+            *(f"{each['tier_tokens'].get(tier, 0):,}" for tier in tiers),
             f"{each['matched_blocks']:,}",
-            f"{each['matched_tokens']:,}",
             share(each["matched_tokens"], num_tokens),
         )
         for each in found["workers"]
     )
     doubt = f"; may differ from the engine's: {found['inexact']}" if found["inexact"] else ""
     title = f"{num_tokens:,} prompt tokens of {found['model']}{doubt}"
-    columns = [*(f"on {tier}" for tier in tiers), "blocks held", "tokens", "of the prompt"]
+    columns = [*(f"tokens on {tier}" for tier in tiers), "blocks held", "of the prompt"]
     return table(title, ["worker"], columns, rows)
 
 
@@ -98,8 +97,10 @@ def _view_decision(receipt: Mapping[str, Any]) -> RenderableType:
 def _candidates(found: Sequence[Mapping[str, Any]]) -> RenderableType:
     if not found:
         return Text("No candidate was weighed: the index was not asked, and load alone decided.")
-    terms = list(found[0]["terms"])
-    columns = ["cached_tokens", "uncached_tokens", "backlog_tokens", "running_requests", "waiting_requests"]
+    loaded = ["loaded_tokens"] if any(each["loads"] for each in found) else []
+    terms = [name for name in found[0]["terms"] if loaded or name != "load_ms"]
+    columns = ["cached_tokens", *loaded, "uncached_tokens", "backlog_tokens"]
+    columns += ["running_requests", "waiting_requests"]
     rows = (
         (
             each["worker"],
@@ -110,7 +111,27 @@ def _candidates(found: Sequence[Mapping[str, Any]]) -> RenderableType:
         for each in found
     )
     titles = [name.replace("_", " ") for name in [*columns, *terms, "ttft_ms"]]
-    return table("candidates, best first", ["worker"], titles, rows)
+    return Group(table("candidates, best first", ["worker"], titles, rows), *_view_loads(found))
+
+
+def _view_loads(found: Sequence[Mapping[str, Any]]) -> Iterator[RenderableType]:
+    """Show what tiers had for the candidates, and whether it was to be loaded."""
+    rows = [
+        (
+            each["worker"],
+            load["store"],
+            load["tier"],
+            "loaded" if each["loaded_tokens"] else "computed: that is faster",
+            f"{load['num_tokens']:,}",
+            f"{load['ms']:,.1f}",
+        )
+        for each in found
+        for load in each["loads"]
+    ]
+    if rows:
+        yield table(
+            "what tiers held behind that", ["worker", "store", "tier", ""], ["tokens", "load ms"], rows
+        )
 
 
 _ROLES = {

@@ -26,7 +26,7 @@ from kvindex.commands.inspect.parity import UNKNOWN, parity_of_pools, parity_of_
 from kvindex.commands.inspect.tables import HOW_TO_JOIN, table
 from kvindex.errors import ConfigError
 from kvindex.keys import POOLS
-from kvindex.worker import RegisteredWorker
+from kvindex.worker import RegisteredWorker, Tier
 
 
 class PoolView(msgspec.Struct, frozen=True):
@@ -43,11 +43,12 @@ class PoolView(msgspec.Struct, frozen=True):
 
 
 class HolderView(msgspec.Struct, frozen=True):
-    """A live worker that holds the block."""
+    """A live worker or store that holds the block."""
 
     pool_id: str
     model: str
-    worker: str
+    holder: str
+    tier: Tier
     slot: int
 
 
@@ -78,7 +79,7 @@ def block(
     redis_url: RedisUrl = DEFAULT_REDIS,
     as_json: AsJson = False,
 ) -> None:
-    """Say which live workers hold a block."""
+    """Say which live workers hold a block, or which stores a chunk."""
     try:
         wanted = parse_hash(block_hash)
     except ValueError as error:
@@ -112,14 +113,21 @@ async def _read_pools(redis_url: str) -> list[PoolView]:
 
 
 async def _read_holders(redis_url: str, block: BlockHash) -> list[HolderView]:
-    """Return the live workers that hold `block`, in whatever pool."""
+    """Return the live workers and stores that hold `block`, in whatever pool."""
     async with index_reader(redis_url) as reader:
         holders = []
         for pool, workers in await live_fleet(reader):
             slots = set(await reader.holders(pool, block))
             holders += [
-                HolderView(pool.pool_id, pool.model, each.worker.worker_id, each.slot)
+                HolderView(pool.pool_id, pool.model, each.worker.worker_id, Tier.DEVICE, each.slot)
                 for each in workers
+                if each.slot in slots
+            ]
+        for pool in await reader.chunk_pools():
+            slots = set(await reader.holders(pool, block))
+            holders += [
+                HolderView(pool.pool_id, pool.model, each.store.holder_id, each.store.tier, each.slot)
+                for each in (await reader.stores(pool))[1]
                 if each.slot in slots
             ]
     return holders
@@ -129,9 +137,10 @@ def view_workers(found: Sequence[RegisteredWorker], parity: Mapping[str, str]) -
     """Show workers, their load, and what a gateway holds of them, by incarnation."""
     if not found:
         return Text(f"No worker is live: no pool named by {POOLS} has one with a valid lease. {HOW_TO_JOIN}")
+    stores = ("loads from",) if any(each.worker.tiers for each in found) else ()
     return table(
         "workers",
-        ["worker", "model", "engine", "parity", "role"],
+        ["worker", "model", "engine", "parity", "role", *stores],
         ["slot", "blocks indexed", "KV in use", "running", "waiting", "backlog tokens", "lease"],
         (
             (
@@ -140,6 +149,7 @@ def view_workers(found: Sequence[RegisteredWorker], parity: Mapping[str, str]) -
                 f"{each.worker.engine} ({each.worker.publisher})".lstrip(),
                 parity.get(each.worker.incarnation, UNKNOWN),
                 each.role,
+                *(", ".join(each.worker.tiers.stores) if each.worker.tiers else "-" for _ in stores),
                 str(each.slot),
                 f"{each.num_indexed_blocks:,} of {each.worker.num_blocks:,}",
                 f"{each.load.kv_usage:.0%}",
@@ -181,5 +191,5 @@ def _view_holders(block: str, found: Sequence[HolderView]) -> RenderableType:
             f"No live worker holds block {block}: it was never stored, was evicted, or its workers are gone. "
             "Hashes depend on model, block size, LoRA name and cache salt."
         )
-    rows = ((each.worker, each.model, each.pool_id, str(each.slot)) for each in found)
-    return table(f"holders of {block}", ["worker", "model", "pool"], ["slot"], rows)
+    rows = ((each.holder, each.tier, each.model, each.pool_id, str(each.slot)) for each in found)
+    return table(f"holders of {block}", ["holder", "tier", "model", "pool"], ["slot"], rows)

@@ -31,7 +31,8 @@ def memory(redis_url: RedisUrl = DEFAULT_REDIS, as_json: AsJson = False) -> None
 
 async def _read(redis_url: str) -> Memory:
     async with index_reader(redis_url) as reader:
-        pools = [await reader.memory(pool) for pool in await reader.pools()]
+        all_pools = [*await reader.pools(), *await reader.chunk_pools()]
+        pools = [await reader.memory(pool) for pool in all_pools]
         return Memory(pools, sum(pool.total_bytes for pool in pools), await reader.used_memory_bytes())
 
 
@@ -39,14 +40,14 @@ def _view(found: Memory) -> Iterator[RenderableType]:
     if not found.pools:
         yield Text(f"No pool has workers or entries. {HOW_TO_JOIN}")
     for pool in found.pools:
-        per_block = f"{pool.bytes_per_entry:.1f} bytes a block"
+        per_block = f"{pool.bytes_per_entry:.1f} bytes a {pool.what}"
         sampled = f"{pool.num_sampled_buckets} of {pool.num_buckets:,} buckets sampled"
         rows = [
-            (f"{pool.num_entries:,} blocks, {sampled}", num_bytes(pool.entries_bytes)),
+            (f"{pool.num_entries:,} {pool.what}s, {sampled}", num_bytes(pool.entries_bytes)),
             *((name, num_bytes(size)) for name, size in pool.fixed_bytes.items()),
             ("total", num_bytes(pool.total_bytes)),
         ]
-        title = f"{pool.model}, {pool.num_workers:,} workers: {per_block}"
+        title = f"{pool.model}, {pool.num_holders:,} {pool.holders}: {per_block}"
         yield table(title, ["what"], ["bytes"], rows)
     part = share(found.total_bytes, found.used_memory_bytes)
     yield Text(

@@ -12,6 +12,7 @@ ARGUMENTS = {
     "top": ["--once"],
     "workers": [],
     "pools": [],
+    "stores": [],
     "block": ["beef"],
     "prefix": ["Once", "--model", "tiny"],
     "decision": ["x"],

@@ -7,8 +7,9 @@ import msgspec
 from gateway.plan import Candidate, Choice, Demand, weigh
 from gateway.profile import Profile
 from gateway.receipts import Receipt
+from gateway.tiers import SPEEDS, TierPart, TierSpeed
 from kvindex.errors import AdminUnavailable, ConfigError
-from kvindex.worker import Load, WorkerState
+from kvindex.worker import Load, Tier, WorkerState
 from tests.support.ports import free_ports
 from tests.support.workers import make_worker
 
@@ -23,12 +24,13 @@ def receipt(*choices: Choice) -> dict[str, object]:
     return json.loads(msgspec.json.encode(made.view()))
 
 
-def weighed() -> Choice:
+def weighed(**fields: object) -> Choice:
     """Return a candidate that holds 64 of 75 blocks and is weighed for 1,200 tokens."""
     state = WorkerState(slot=0, load=Load(running_requests=3), charged_tokens=12, charged_requests=1)
     candidate = Candidate(
         worker=WORKER, state=state, overlap_blocks=64, profile=Profile(prefill_tokens_per_s=8_000)
     )
+    candidate = msgspec.structs.replace(candidate, **fields)
     return weigh(Demand(num_tokens=1200, num_lookup_tokens=1200, model="tiny"), candidate)
 
 
@@ -42,6 +44,17 @@ def test_decision(inspect, admin):
     assert json.loads(found) == receipt(weighed())
 
 
+def test_a_decision_says_what_tiers_had_and_what_was_made_of_it(inspect, admin):
+    url, answers, _ = admin
+    slow = TierSpeed(gb_per_s=0.001, latency_ms=500)
+    for speed, said in ((SPEEDS[Tier.OBJECT], "loaded"), (slow, "computed: that is faster")):
+        part = TierPart(store="s3://kv", tier=Tier.OBJECT, first_token=0, end_token=1024, speed=speed)
+        answers["GET", "/decisions/x"] = (200, receipt(weighed(tiers=(part,), overlap_blocks=0)))
+        shown = inspect("decision", "x", "--admin", url, COLUMNS="250").stdout
+        for word in ("s3://kv", "object", said, "1,024", "loaded tokens", "load ms"):
+            assert word in shown
+
+
 def test_a_decision_without_candidates(inspect, admin):
     url, answers, _ = admin
     answers["GET", "/decisions/a%2Fb"] = (200, receipt())
@@ -53,7 +66,12 @@ PREFIX = {
     "prompt_tokens": 2048,
     "inexact": None,
     "workers": [
-        {"worker": "10.0.0.1:8000", "matched_blocks": 64, "matched_tokens": 1024, "tiers": {"device": 64}}
+        {
+            "worker": "10.0.0.1:8000",
+            "matched_blocks": 64,
+            "matched_tokens": 1024,
+            "tier_tokens": {"device": 1024, "object": 1536},
+        }
     ],
     "chains": [],
 }
@@ -64,7 +82,15 @@ def test_prefix_of_a_text(inspect, admin):
     answers["POST", "/prefix"] = (200, PREFIX)
     shown = inspect("prefix", "Once upon", "--model", "tiny", "--admin", url).stdout
     assert received == [{"text": "Once upon", "model": "tiny"}]
-    for word in ("10.0.0.1:8000", "1,024", "50%", "on device", "2,048 prompt tokens of tiny"):
+    for word in (
+        "10.0.0.1:8000",
+        "1,024",
+        "50%",
+        "tokens on device",
+        "tokens on object",
+        "1,536",
+        "2,048 prompt tokens of tiny",
+    ):
         assert word in shown
     assert "may differ" not in shown
     answers["POST", "/prefix"] = (200, PREFIX | {"inexact": "a template unknown here"})

@@ -57,7 +57,7 @@ def test_block(inspect, redis_url, worker, written):
     assert "10.0.0.1:8000" in inspect("block", written, "--redis-url", redis_url).stdout
     (found,) = json.loads(inspect("block", written, "--redis-url", redis_url, "--json").stdout)
     assert found["pool_id"] == worker.pool.pool_id
-    assert found["worker"] == worker.worker_id
+    assert (found["holder"], found["tier"]) == (worker.worker_id, "device")
 
 
 def test_nothing_found_says_why_and_what_to_do(inspect, redis_url, worker):

@@ -21,7 +21,7 @@ def test_what_it_measures_is_what_redis_has_allocated(inspect, redis_url, publis
         grown = client.info("memory")["used_memory"] - before
     found = json.loads(inspect("memory", "--json", "--redis-url", redis_url).stdout)
     (pool,) = found["pools"]
-    assert (pool["num_workers"], pool["num_entries"]) == (8, 36_000)
+    assert (pool["num_holders"], pool["num_entries"]) == (8, 36_000)
     assert pool["num_sampled_buckets"] == 64 < pool["num_buckets"]
     assert 8 < pool["bytes_per_entry"] < 30
     assert pool["fixed_bytes"]["log of evictions"] > 4_000 * 8
