@@ -20,7 +20,8 @@ from kvindex.tiers.events import Listed, decode_page
 from kvindex.worker import Tier
 
 _HASH_ALGORITHM = "blake3"
-_PLUGIN = "plugin"
+# Types of adapters that keep files named as `chunks.read_file_name` reads them; LMCache lists none of them.
+_FILE_TYPES = frozenset({"fs", "kvlane_disk"})
 _PAGE_SIZE = 1000
 # Types of adapters behind which is no disk of the node.
 _OBJECT_STORES = frozenset(
@@ -118,29 +119,20 @@ def list_place(client: httpx.Client, url: str, place: Place) -> list[Listed]:
             return found
 
 
-def _place(instance_id: str, type_name: str, adapter: dict[str, Any], *, is_first: bool) -> Place:
-    """Read an adapter's settings: those of LMCache's own, or what a plugin was given."""
-    given = {**adapter, **adapter.get("adapter_params", {})}
-    directory, location = given.get("base_path"), given.get("location") or given.get("s3_endpoint")
-    # A plugin that keeps files or objects as LMCache's own adapters do is called as they are in events.
-    backend = type_name if type_name != _PLUGIN else "fs" if directory else "s3" if location else type_name
+def _place(instance_id: str, backend: str, adapter: dict[str, Any], *, is_first: bool) -> Place:
+    """Read an adapter's settings; it is called by its type in events."""
+    directory, bucket = adapter.get("base_path"), adapter.get("s3_endpoint")
     is_shared = bool(adapter.get("shared"))
+    # Ours say what their place is called: of a host with many buckets the endpoint says too little.
+    where = adapter.get("url") or f"{backend}://{str(bucket or directory or '').removeprefix('s3://')}"
     return Place(
-        name=f"{backend}://{_where(directory or location)}" if is_shared else f"{instance_id}/{backend}",
+        name=where if is_shared else f"{instance_id}/{backend}",
         backend=backend,
-        tier=Tier.OBJECT if backend in _OBJECT_STORES else Tier.DISK,
+        tier=Tier.OBJECT if bucket or backend in _OBJECT_STORES else Tier.DISK,
         is_shared=is_shared,
-        directory=directory if backend == "fs" else None,
-        listed_as=type_name if is_first else None,
+        directory=directory if backend in _FILE_TYPES else None,
+        listed_as=backend if is_first else None,
     )
-
-
-def _where(location: str | dict[str, str] | None) -> str:
-    """Return what tells this bucket or directory from any other."""
-    if not isinstance(location, dict):
-        return str(location or "").removeprefix("s3://")
-    place = f"{location['bucket']}/{location.get('prefix', '')}".rstrip("/")
-    return f"{place} at {endpoint}" if (endpoint := location.get("endpoint")) else place
 
 
 def _list_directory(directory: str) -> Iterator[Listed]:
