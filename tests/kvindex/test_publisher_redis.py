@@ -10,6 +10,7 @@ from structlog.testing import capture_logs
 from kvindex.blocks import format_hash
 from kvindex.embedded import embedded_redis
 from kvindex.keys import bucket_key, directory
+from kvindex.redis_index import RedisIndexWriter
 from tests.support.ports import free_ports
 from tests.support.publishing import Published, index_is, slots_of
 from tests.support.scripted_engine import prompt, removal
@@ -123,7 +124,9 @@ async def test_in_a_large_pool_a_changed_entry_is_found_once_every_part_was_read
         published.source.put(event)
         await eventually(lambda: index_is(redis_url, worker.pool, {worker.incarnation: hashes}))
         slot = (await slots_of(redis_url, worker.pool))[worker.incarnation]
-        num_parts = writer.blocks_of(worker.pool, slot, worker.incarnation, turn=0).num_parts
+        # Through another writer: the publisher's belongs to its thread.
+        with closing(RedisIndexWriter(published.config)) as other:
+            num_parts = other.blocks_of(worker.pool, slot, worker.incarnation, turn=0).num_parts
         assert num_parts > 2
         buckets = client.scan_iter(match=directory(worker.pool) + ":b:*")
         lost = hashes[1_234].to_bytes(8, "little")
