@@ -388,8 +388,10 @@ class KvRouter:
             )
             return
         num_tokens = choice.uncached_tokens + choice.candidate.state.backlog_tokens
+        worker = choice.candidate.worker
         self._rates.observe(
-            choice.candidate.worker,
+            worker,
+            self._fleet.snapshot.basis_of(worker),
             num_tokens=num_tokens,
             predicted_ms=choice.terms.ttft_ms,
             queue_ms=choice.terms.queue_ms,

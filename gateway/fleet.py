@@ -21,12 +21,13 @@ from gateway import metrics
 from gateway.config import GatewayConfig
 from gateway.parity import Parity, State, pool_state
 from gateway.probe import ModelCard, Unreachable, served_models
+from gateway.rates import SETTINGS, Basis, Source, basis_of, typical_costs
 from gateway.tokens.models import Models, ServedModel
 from kvindex.blocks import Pool
 from kvindex.errors import IndexUnavailable
 from kvindex.index import IndexReader
 from kvindex.stores import Store
-from kvindex.worker import RegisteredWorker, Tier, Worker
+from kvindex.worker import RegisteredWorker, StepCosts, Tier, Worker
 
 log = structlog.get_logger(__name__)
 
@@ -49,6 +50,12 @@ class PoolView:
     pool: Pool
     registry_version: int
     workers: Mapping[int, RegisteredWorker]
+    typical_costs: StepCosts | None = None
+    """What the steps of a worker in the middle of the pool cost; None until one has measured them."""
+
+    def basis_of(self, registered: RegisteredWorker) -> Basis:
+        """Return what is known of the steps of one of the workers."""
+        return basis_of(registered, self.typical_costs)
 
 
 @dataclass(frozen=True, slots=True)
@@ -87,9 +94,17 @@ class FleetSnapshot:
 
     def is_live(self, worker: Worker) -> bool:
         """Say whether this life of `worker` has a valid lease."""
+        return self._registered(worker) is not None
+
+    def basis_of(self, worker: Worker) -> Basis:
+        """Return what is known of the steps of `worker`."""
+        registered = self._registered(worker)
+        return self.pools[worker.pool].basis_of(registered) if registered else SETTINGS
+
+    def _registered(self, worker: Worker) -> RegisteredWorker | None:
         view = self.pools.get(worker.pool)
         live = view.workers.values() if view else ()
-        return any(each.worker.incarnation == worker.incarnation for each in live)
+        return next((each for each in live if each.worker.incarnation == worker.incarnation), None)
 
     def accepts_connections(self, worker: Worker) -> bool:
         """Say whether `worker` was asked for its models and did not refuse."""
@@ -309,7 +324,8 @@ class Fleet:
 
     async def _view(self, pool: Pool) -> PoolView:
         registry_version, workers = await self._index.workers(pool)
-        return PoolView(pool, registry_version, {registered.slot: registered for registered in workers})
+        by_slot = {registered.slot: registered for registered in workers}
+        return PoolView(pool, registry_version, by_slot, typical_costs(workers))
 
     async def _stores(self, pool: Pool) -> tuple[Pool, dict[int, Store]]:
         _, stores = await self._index.stores(pool)
@@ -340,6 +356,11 @@ class Fleet:
         for tier in Tier:
             if tier is not Tier.DEVICE:
                 metrics.STORES.labels(tier).set(tiers[tier])
+        sources = Counter(
+            view.basis_of(each).source for view in snapshot.pools.values() for each in view.workers.values()
+        )
+        for source in Source:
+            metrics.RATES.labels(source).set(sources[source])
         metrics.POOL_EXACT.clear()
         for pool, view in snapshot.pools.items():
             if view.workers:

@@ -11,7 +11,8 @@ import msgspec
 from gateway.chains import Chain, make_chain
 from gateway.fleet import Fleet, PoolView
 from gateway.plan import Candidate, Demand, obstacle
-from gateway.rates import Rates
+from gateway.profile import Profile
+from gateway.rates import SETTINGS, Rates
 from gateway.tier_lookup import Parts, TierLookup
 from gateway.tiers import TierSpeeds
 from gateway.tokens.models import ServedModel
@@ -152,6 +153,7 @@ class Lookup:
             self._candidate(
                 each,
                 states[each.slot],
+                self._rates.profile(each.worker, view.basis_of(each) if view else SETTINGS),
                 overlap_blocks=match.overlap_blocks.get(each.slot, 0),
                 pending_blocks=pending.get(each.slot, 0),
             )
@@ -160,7 +162,13 @@ class Lookup:
         return Found(candidates, excluded, chains, {pool: hashes})
 
     def _candidate(
-        self, registered: RegisteredWorker, state: WorkerState, *, overlap_blocks: int, pending_blocks: int
+        self,
+        registered: RegisteredWorker,
+        state: WorkerState,
+        profile: Profile,
+        *,
+        overlap_blocks: int,
+        pending_blocks: int,
     ) -> Candidate:
         worker = registered.worker
         parity = self._fleet.snapshot.parity_of(worker)
@@ -171,7 +179,7 @@ class Lookup:
             pending_blocks=pending_blocks,
             role=registered.role,
             degraded=parity.reason if parity.ignores_overlap else None,
-            profile=self._rates.profile(worker),
+            profile=profile,
             # `kvlane publish` may not know the size of the cache.
             cache_fill=registered.num_indexed_blocks / worker.num_blocks if worker.num_blocks else 0.0,
         )

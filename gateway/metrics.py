@@ -72,6 +72,12 @@ WORKERS = Gauge(
     "Live workers by whether their tokens and hashes are ours: exact, degraded, checking.",
     ["state"],
 )
+RATES = Gauge(
+    "kvlane_gateway_worker_rates",
+    "Live workers by where their rates come from: measured by the worker, by another of its pool, or the "
+    "settings' profile.",
+    ["source"],
+)
 POOL_EXACT = Gauge(
     "kvlane_gateway_pool_exact",
     "1 while every live worker of the pool is exact, 0 otherwise.",

@@ -23,6 +23,7 @@ from kvindex.worker import (
     Role,
     SlotPart,
     SlotState,
+    StepCosts,
     Worker,
 )
 
@@ -110,6 +111,15 @@ class IndexWriter(Protocol):
             accepted: decision ids that `load` now contains; their reservations are settled.
             settle_older_than_ms: settle this slot's reservations of at least this age, for publishers
                 that cannot name ids.
+
+        Raises:
+            SlotLost: the slot is unknown or fenced.
+        """
+
+    def report_costs(self, pool: Pool, slot: int, incarnation: str, costs: StepCosts) -> None:
+        """Replace what the worker says of its steps.
+
+        It is kept beside the worker and not with its load, which every `match` reads.
 
         Raises:
             SlotLost: the slot is unknown or fenced.

@@ -10,7 +10,8 @@ the directory as KEYS[1] and append the suffixes below, which `lua_names` hands 
 | kvlane:{pool}            | hash | number of buckets, sets of slots, counters      | never             |
 | kvlane:{pool}:b:<bucket> | hash | 8-byte block hash -> set of slots               | emptied           |
 | kvlane:{pool}:live       | str  | a `LIVE_ROW` a slot: lease, charge, load        | last slot fenced  |
-| kvlane:{pool}:s:<slot>   | hash | worker, incarnation, sequence, count, digest    | slot fenced       |
+| kvlane:{pool}:s:<slot>   | hash | worker, incarnation, sequence, count, digest,   | slot fenced       |
+|                          |      | costs of its steps as JSON                      |                   |
 | kvlane:{pool}:ids        | hash | worker id -> its slot                           | slot fenced       |
 | kvlane:{pool}:roles      | hash | worker id -> role that an operator gave it      | taken back        |
 | kvlane:{pool}:res        | hash | decision id -> reservation (`RESERVATION`)      | settled, expired  |

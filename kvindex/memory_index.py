@@ -32,6 +32,7 @@ from kvindex.worker import (
     Role,
     SlotPart,
     SlotState,
+    StepCosts,
     Worker,
     WorkerState,
 )
@@ -49,6 +50,7 @@ class _Slot:
     blocks: set[int] = field(default_factory=set)
     digest: int = 0
     load: Load = field(default_factory=Load)
+    step_costs: StepCosts | None = None
 
     @property
     def state(self) -> SlotState:
@@ -274,6 +276,10 @@ class MemoryIndexWriter:
                     del charges[decision_id]
         return target.state
 
+    def report_costs(self, pool: Pool, slot: int, incarnation: str, costs: StepCosts) -> None:
+        """See `IndexWriter`."""
+        self._slot(pool, slot, incarnation).step_costs = costs
+
     def blocks_of(self, pool: Pool, slot: int, incarnation: str, *, turn: int) -> SlotPart:
         """See `IndexWriter`. There is one part."""
         blocks = self._slot(pool, slot, incarnation).blocks
@@ -319,6 +325,7 @@ class MemoryIndexReader:
                 load=state.load,
                 charged_tokens=state.charged_tokens,
                 charged_requests=state.charged_requests,
+                step_costs=slot.step_costs,
             )
             for slot, state in pairs
             if isinstance(slot.holder, Worker)

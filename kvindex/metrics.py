@@ -56,6 +56,12 @@ STORE_LISTING_SECONDS = Histogram(
 STORE_LISTING_FAILURES = Counter(
     "kvlane_store_listing_failures", "Listings of a store that failed.", ["store"]
 )
+STEP_COST = Gauge(
+    "kvlane_publisher_step_cost_seconds",
+    "What an engine's steps cost, as measured, by part: step (whatever is in it), prompt_token, prompt_pair "
+    "(with a token before it), decoding_request, context_token (of these).",
+    ["worker", "part"],
+)
 
 
 def serve(host: str, port: int, tls: ServerTls | None = None) -> None:

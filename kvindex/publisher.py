@@ -21,9 +21,10 @@ from kvindex.errors import EventsLost, IndexUnavailable, SlotLost, WorkerConflic
 from kvindex.history import EventKind, Opening
 from kvindex.index import FIRST_OPENING, MAX_BATCH, Holder, IndexWriter
 from kvindex.outbox import Outbox
-from kvindex.worker import Batch, Load, SlotPart, SlotState
+from kvindex.worker import Batch, Load, SlotPart, SlotState, StepCosts
 
 LOAD_INTERVAL_S = 0.1
+COSTS_INTERVAL_S = 5.0
 _WRITE_SLICE_S = 0.05
 _FIRST_BACKOFF_S = 0.1
 _LONGEST_BACKOFF_S = 2.0
@@ -69,6 +70,7 @@ class Publisher:
         writer: owned from now on; closed by `stop`.
         contents: what it has; owned from now on, used by the thread alone.
         load: called by the thread, every 100 ms and after each write; must not block.
+        costs: what the engine's steps cost, None while that is not known; called by the thread, every 5 s.
         settle_older_than_ms: for a `load` that cannot name decisions, see `IndexWriter.heartbeat`.
         stands_by: others may publish under the same id, and take turns.
     """
@@ -81,6 +83,7 @@ class Publisher:
         contents: Contents,
         load: Callable[[], LoadReport],
         *,
+        costs: Callable[[], StepCosts | None] = lambda: None,
         settle_older_than_ms: int | None = None,
         stands_by: bool = False,
     ) -> None:
@@ -89,6 +92,7 @@ class Publisher:
         self._writer = writer
         self._contents = contents
         self._load = load
+        self._costs = costs
         self._settle_older_than_ms = settle_older_than_ms
         self._stands_by = stands_by
         self._outbox = Outbox()
@@ -98,10 +102,12 @@ class Publisher:
         self._opening = FIRST_OPENING
         self._accepted: deque[str] = deque(maxlen=_MOST_ACCEPTED)
         self._reported: Load | None = None
+        self._reported_costs: StepCosts | None = None
         self._unwritten_since_s: float | None = None
         self._wrote_at_s = self._looked_at_s = self._beat_at_s = self._audit_at_s = self._retry_at_s = (
             _NEVER_S
         )
+        self._costs_at_s = _NEVER_S
         self._turn = 0
         self._backoff_s = _FIRST_BACKOFF_S
         self._failing_with: type[IndexUnavailable] | None = None
@@ -208,6 +214,7 @@ class Publisher:
             if self._slot is None:
                 self._open()
             self._write()
+            self._report_costs()
             self._audit()
         except IndexUnavailable as error:
             self._back_off(error)
@@ -253,8 +260,8 @@ class Publisher:
         # Due at once: a state that was known before has nothing to wait for.
         self._unwritten_since_s = time.monotonic() - self._config.flush_ms / 1000 if self._outbox else None
         self._num_conflicts = 0
-        self._reported = None
-        self._looked_at_s = _NEVER_S
+        self._reported = self._reported_costs = None
+        self._looked_at_s = self._costs_at_s = _NEVER_S
         self._log.info("registered", slot=self._slot, num_blocks=len(self._contents.hashes))
 
     def _forget(self, reason: str, detail: str = "") -> None:
@@ -346,6 +353,19 @@ class Publisher:
                 added=added,
                 read=read,
             )
+
+    def _report_costs(self) -> None:
+        """Every few seconds, say what the engine's steps cost, if there is something new to say."""
+        now_s = time.monotonic()
+        if now_s < self._costs_at_s:
+            return
+        self._costs_at_s = now_s + COSTS_INTERVAL_S
+        costs = self._costs()
+        if costs is not None and costs != self._reported_costs:
+            self._writer.report_costs(*self._place, costs)
+            self._reported_costs = costs
+            for part, cost_s in costs.parts_s().items():
+                metrics.STEP_COST.labels(self._holder.holder_id, part).set(cost_s)
 
     def _audit(self) -> None:
         """Once a heartbeat, check one part of the slot's entries, which count and digest say nothing about.

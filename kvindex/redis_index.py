@@ -57,6 +57,7 @@ from kvindex.worker import (
     Role,
     SlotPart,
     SlotState,
+    StepCosts,
     Worker,
 )
 
@@ -168,6 +169,11 @@ class RedisIndexWriter:
         self._keep_announced(pool, lease_ms)
         return [self._state_at_home(pool, slot, reply) for reply in replies][-1]
 
+    def report_costs(self, pool: Pool, slot: int, incarnation: str, costs: StepCosts) -> None:
+        """See `IndexWriter`."""
+        if not self._run("report_costs", pool, slot, incarnation, msgspec.json.encode(costs)):
+            raise SlotLost(f"slot {slot} is fenced or unknown")
+
     def blocks_of(self, pool: Pool, slot: int, incarnation: str, *, turn: int) -> SlotPart:
         """See `IndexWriter`. A part is 2 or 3 buckets of about 64 entries."""
         reply = self._run("blocks_of", pool, slot, incarnation, turn)
@@ -196,7 +202,7 @@ def _writes(slot: int, incarnation: str, batches: Iterable[Batch]) -> list[Scrip
 
 
 def _registered(described: Sequence[Any], row: Row, now_ms: float) -> RegisteredWorker:
-    slot, packed, num_blocks, digest, given_role = described
+    slot, packed, num_blocks, digest, given_role, costs = described
     worker = msgspec.json.decode(packed, type=Worker)
     return RegisteredWorker(
         worker=worker,
@@ -209,6 +215,7 @@ def _registered(described: Sequence[Any], row: Row, now_ms: float) -> Registered
         load=row.state.load,
         charged_tokens=row.state.charged_tokens,
         charged_requests=row.state.charged_requests,
+        step_costs=msgspec.json.decode(costs, type=StepCosts) if costs else None,
     )
 
 
@@ -262,7 +269,7 @@ class RedisIndexReader:
                 num_indexed_blocks=num_blocks,
                 digest=f"{read_digest(digest):016x}",
             )
-            for slot, packed, num_blocks, digest, _ in described
+            for slot, packed, num_blocks, digest, *_ in described
             if (row := fleet.rows.get(slot)) is not None
         ]
         return fleet.version, stores

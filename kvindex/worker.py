@@ -113,6 +113,35 @@ class Load(msgspec.Struct, frozen=True, kw_only=True):
     """Pairs of a waiting prompt token and one before it: what attention has still to compute."""
 
 
+class StepCosts(msgspec.Struct, frozen=True, kw_only=True):
+    """What the steps of an engine cost, as it measured them while it served. 0 is not told apart from others.
+
+    A step's time is the sum: `step_ms`, each prompt token and each pair of one and a token before it, each
+    decoding request and each token of its context.
+    """
+
+    num_steps: int
+    """Measured since the engine's start."""
+    prefill_tokens_per_s: float | None
+    """Of prompts so short that attention costs nothing; None until enough prompts were computed."""
+    attention_ns_per_pair: float = 0.0
+    step_ms: float = 0.0
+    decode_us_per_request: float = 0.0
+    decode_ns_per_token: float = 0.0
+
+    def parts_s(self) -> dict[str, float]:
+        """Return the costs in seconds by name, without those that are not known."""
+        parts = {
+            "step": self.step_ms / 1e3,
+            "prompt_pair": self.attention_ns_per_pair / 1e9,
+            "decoding_request": self.decode_us_per_request / 1e6,
+            "context_token": self.decode_ns_per_token / 1e9,
+        }
+        if self.prefill_tokens_per_s is not None:
+            parts["prompt_token"] = 1 / self.prefill_tokens_per_s
+        return parts
+
+
 class WorkerState(msgspec.Struct, frozen=True, kw_only=True):
     """A live worker at the moment of a `match` or a failed `reserve`."""
 
@@ -168,6 +197,8 @@ class RegisteredWorker(msgspec.Struct, frozen=True, kw_only=True):
     load: Load
     charged_tokens: int
     charged_requests: int
+    step_costs: StepCosts | None = None
+    """As it measured them; None where it has not, or not yet."""
 
 
 class Batch(msgspec.Struct, frozen=True, kw_only=True):

@@ -13,8 +13,11 @@ from vllm_plugin.scheduler_side import SchedulerSide
 from vllm_plugin.worker_side import WorkerSide
 
 if TYPE_CHECKING:
+    from collections.abc import Iterable
+
     import torch
     from vllm.config import VllmConfig
+    from vllm.distributed.kv_events import KVCacheEvent
     from vllm.forward_context import ForwardContext
     from vllm.v1.attention.backend import AttentionMetadata
     from vllm.v1.core.block_pool import BlockPool
@@ -91,6 +94,12 @@ class KvlaneConnector(KVConnectorBase_V1, SupportsHMA):
             if self._transfer is not None
             else KvlaneMetadata()
         )
+
+    def take_events(self) -> Iterable[KVCacheEvent]:
+        """Note that a step has ended: after each, vLLM asks for events of ours, of which there are none."""
+        if self.scheduler_side is not None:
+            self.scheduler_side.end_step()
+        return ()
 
     def request_finished(self, request: Request, block_ids: list[int]) -> tuple[bool, dict[str, Any] | None]:
         """Note the end of a request; its blocks are free at once, unless another engine waits for them."""

@@ -9,6 +9,7 @@ from typing import Protocol
 
 from kvindex.publisher import LoadReport
 from kvindex.worker import Load
+from vllm_plugin.step_times import StepWork
 
 _MOST_ACCEPTED = 10_000
 # The gateway ends its request ids with this; vLLM puts a prefix and a suffix around them.
@@ -57,12 +58,27 @@ class LoadTracker:
         self._accepted: deque[str] = deque(maxlen=_MOST_ACCEPTED)
         self._under_way: Mapping[str, int] = {}
 
-    def begin_step(self, num_scheduled_tokens: Mapping[str, int]) -> None:
-        """Note what the next step computes, by request. On the engine's thread.
+    def begin_step(self, num_scheduled_tokens: Mapping[str, int]) -> StepWork:
+        """Note what the next step computes, by request, and return it in sum. On the engine's thread.
 
         The engine counts these tokens as computed from now on; whoever is behind them waits all the same.
         """
         self._under_way = num_scheduled_tokens
+        prefill_tokens = decode_requests = decode_tokens = 0
+        prefill_pairs = 0.0
+        for request_id, num_tokens in num_scheduled_tokens.items():
+            if (live := self._live.get(request_id)) is None:
+                continue
+            request = live[0]
+            num_before = request.num_computed_tokens
+            # A request that was preempted computes its output again, which is no decoding.
+            if num_before + 1 >= request.num_tokens:
+                decode_requests += 1
+                decode_tokens += num_before
+            else:
+                prefill_tokens += num_tokens
+                prefill_pairs += num_tokens * (num_before + num_tokens / 2)
+        return StepWork(prefill_tokens, prefill_pairs, decode_requests, decode_tokens)
 
     def add(self, request: EngineRequest) -> None:
         """Count a request in. On the engine's thread."""

@@ -15,6 +15,7 @@ from kvindex.worker import Worker, new_incarnation
 from vllm_plugin import compat
 from vllm_plugin.config import WorkerConfig
 from vllm_plugin.load import LoadTracker
+from vllm_plugin.step_times import StepTimes
 from vllm_plugin.transfer_scheduler import TransferScheduler
 
 if TYPE_CHECKING:
@@ -67,6 +68,7 @@ class SchedulerSide:
         self._group_index = compat.followed_group(kv_cache_config)
         self.transfer = TransferScheduler() if self._config.transfer_port else None
         self._load: LoadTracker | None = None
+        self._times = StepTimes()
         self._publisher: Publisher | None = None
 
     def _transfer_address(self, first_rank: int) -> str:
@@ -89,6 +91,7 @@ class SchedulerSide:
             RedisIndexWriter(self._config),
             EngineContents(self.worker, ZmqEventSource(self._events, self._replay)),
             self._load.report,
+            costs=self._times.costs,
         )
         self._publisher.start()
 
@@ -108,7 +111,11 @@ class SchedulerSide:
     def begin_step(self, output: SchedulerOutput) -> None:
         """Note what the engine computes next."""
         if self._load is not None:
-            self._load.begin_step(output.num_scheduled_tokens)
+            self._times.begin(self._load.begin_step(output.num_scheduled_tokens))
+
+    def end_step(self) -> None:
+        """Note that what the engine computed first of what it was given is there."""
+        self._times.end()
 
     def request_finished(self, request: Request) -> None:
         """Count the request out: finished, aborted or failed."""

@@ -12,6 +12,7 @@ from fastapi import FastAPI, Query, Request, Response
 from prometheus_client import CONTENT_TYPE_LATEST, generate_latest
 
 from gateway.admin.history import Historian
+from gateway.admin.predictions import view_rates
 from gateway.chains import Chain
 from gateway.decide import KvRouter
 from gateway.errors import RequestError, TokenizerError
@@ -64,7 +65,7 @@ def create_app(
 
     @app.get("/fleet")
     async def show_fleet() -> Response:
-        """Return every live worker with its load, rate, blocks and parity, and the state of every pool."""
+        """Return every live worker with its load, rates, blocks and parity, and the state of every pool."""
         snapshot = fleet.snapshot
 
         def view(registered: RegisteredWorker) -> dict[str, Any]:
@@ -76,7 +77,7 @@ def create_app(
                 "models": sorted(snapshot.served_names(worker)),
                 "reachable": worker.endpoint not in snapshot.unreachable,
                 "parity": snapshot.parity_of(worker),
-                "prefill_tokens_per_s": rates.profile(worker).prefill_tokens_per_s,
+                "prefill_tokens_per_s": rates.profile(worker, snapshot.basis_of(worker)).prefill_tokens_per_s,
                 "requests_from_here": router.requests_in_flight.get(worker.worker_id, 0),
             }
 
@@ -93,6 +94,11 @@ def create_app(
                 "workers": [view(each) for each in snapshot.workers()],
             }
         )
+
+    @app.get("/rates")
+    async def show_rates() -> Response:
+        """Return what every worker's steps cost, whence that is known, and how far predictions were off."""
+        return _json(view_rates(fleet.snapshot, rates, receipts))
 
     @app.get("/decisions")
     async def latest_decisions(limit: Annotated[int, Query(ge=1, le=1000)] = 50) -> Response:

@@ -2,18 +2,18 @@
 --
 -- KEYS[1]  directory of the pool
 -- ARGV     workers to skip, most to describe
--- Returns  {number of workers; {slot, worker as JSON, count, digest, given role or ''}...; what `fleet`
---          returns}
+-- Returns  {number of workers; {slot, worker as JSON, count, digest, given role or '', step costs as
+--          JSON or ''}...; what `fleet` returns}
 
 local slots = to_slots(read_set('members'))
 local first = tonumber(ARGV[1])
 local described = {}
 for index = first + 1, math.min(first + ARGV[2], #slots) do
   local slot = slots[index]
-  local state = redis.call('HMGET', SLOT .. slot, 'worker', 'count', 'digest', 'worker_id')
+  local state = redis.call('HMGET', SLOT .. slot, 'worker', 'count', 'digest', 'worker_id', 'costs')
   if state[1] then -- Redis may have lost it
     local role = redis.call('HGET', ROLES, state[4]) or ''
-    described[#described + 1] = {slot, state[1], tonumber(state[2]), state[3], role}
+    described[#described + 1] = {slot, state[1], tonumber(state[2]), state[3], role, state[5] or ''}
   end
 end
 return {#slots, described, fleet(now_ms())}

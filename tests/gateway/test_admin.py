@@ -8,7 +8,7 @@ import pytest
 from gateway.admin.app import create_app
 from gateway.config import GatewayConfig
 from gateway.decide import KvRouter
-from gateway.decision import End, HttpRequest
+from gateway.decision import End, HttpRequest, Served
 from gateway.errors import RequestError, TokenizerError
 from gateway.fleet import Fleet
 from gateway.parity import Parity, Reason, State, degraded
@@ -21,7 +21,7 @@ from gateway.tokens.request import Api, Prompt, ReadRequest
 from kvindex.blocks import hash_blocks, pack_hashes, root_hash, unpack_hashes
 from kvindex.errors import IndexUnavailable
 from kvindex.memory_index import MemoryIndex, MemoryIndexReader, MemoryIndexWriter
-from kvindex.worker import Batch
+from kvindex.worker import Batch, StepCosts
 from tests.support.workers import make_worker
 
 PROMPT = tuple(range(100))
@@ -59,7 +59,7 @@ class RecordingReader:
         self.given.append((path, body))
         if self.failure:
             raise self.failure
-        return ReadRequest(Api.COMPLETION, "tiny", (Prompt(PROMPT, len(PROMPT)),))
+        return ReadRequest(Api.COMPLETION, "tiny", (Prompt(PROMPT, len(PROMPT)),), stream=True)
 
 
 class Gateway:
@@ -86,7 +86,7 @@ class Gateway:
             self.router, self.fleet, self.index, rates=rates, receipts=self.receipts, readiness=self.readiness
         )
         worker = make_worker("a:1")
-        writer = MemoryIndexWriter(memory)
+        self.writer = writer = MemoryIndexWriter(memory)
         slot = writer.open_slot(worker, lease_ms=60_000)
         blocks = hash_blocks(root_hash("tiny"), PROMPT, 16)
         writer.apply(worker.pool, slot, worker.incarnation, Batch(sequence=1, stored=tuple(blocks[:2])))
@@ -176,6 +176,35 @@ async def test_fleet_and_metrics_show_what_is_known_of_workers_and_pools(admin, 
     assert 'kvlane_gateway_pool_exact{block_size="16",model="tiny"} 0.0' in text
     gateway.fleet.note_parity(registered.worker, Parity(state=State.EXACT))
     assert 'kvlane_gateway_pool_exact{block_size="16",model="tiny"} 1.0' in (await admin.get("/metrics")).text
+
+
+async def test_rates_show_whence_they_are_and_how_far_predictions_were_off(admin, gateway):
+    await gateway.fleet.poll()
+    found = (await admin.get("/rates")).json()
+    assert found["errors"] == {"num_measured": 0, "median_ms": None, "p90_distance_ms": None}
+    assert (found["workers"][0]["source"], found["workers"][0]["num_steps"]) == ("profile", 0)
+    (registered,) = gateway.fleet.snapshot.workers()
+    costs = StepCosts(num_steps=50, prefill_tokens_per_s=2_000.0, step_ms=3.0)
+    gateway.writer.report_costs(registered.worker.pool, registered.slot, registered.worker.incarnation, costs)
+    await gateway.fleet.poll()
+    for ttft_ms in (1.0, 10.0, 1_000.0):
+        decision = await decide(gateway)
+        receipt = gateway.receipts.get(decision.decision_id)
+        gateway.router.record(Served(decision.decision_id, 200, "a:1", ttft_ms, ttft_ms, 1, 1))
+        assert receipt.ttft_error_ms == pytest.approx(
+            ttft_ms - sum(receipt.steps_ms.values()) - receipt.predicted_ttft_ms
+        )
+    found = (await admin.get("/rates")).json()
+    (worker,) = found["workers"]
+    assert (worker["worker"], worker["source"], worker["num_steps"]) == ("a:1", "worker", 50)
+    assert worker["profile"]["prefill_tokens_per_s"] == pytest.approx(2_000 * worker["speed"])
+    assert worker["profile"]["step_ms"] == pytest.approx(3 / worker["speed"])
+    assert worker["errors"] == found["errors"]
+    assert worker["errors"]["num_measured"] == 3
+    assert worker["errors"]["p90_distance_ms"] > 500
+    text = (await admin.get("/metrics")).text
+    assert 'kvlane_gateway_worker_rates{source="worker"} 1.0' in text
+    assert 'kvlane_gateway_worker_rates{source="profile"} 0.0' in text
 
 
 async def test_decisions_are_found_by_both_ids(admin, gateway):

@@ -18,7 +18,7 @@ from gateway.probe import ModelCard, worker_client
 from kvindex.blocks import hash_blocks, root_hash
 from kvindex.errors import IndexUnavailable
 from kvindex.memory_index import MemoryIndexReader
-from kvindex.worker import Batch, Load
+from kvindex.worker import Batch, Load, StepCosts
 from tests.support.router_bench import LEASE_MS, PROMPT, Bench, blocks_of, completion
 from tests.support.waiting import eventually
 from tests.support.workers import make_worker
@@ -489,6 +489,34 @@ async def test_measured_ttft_corrects_the_rate_and_completes_the_receipt(bench):
     bench.router.record(served(await bench.decide(stream=True), status=500))
     bench.router.record(served(await bench.decide(stream=True), worker="b:1"))
     assert bench.rates.profile(worker).prefill_tokens_per_s == pytest.approx(slower, rel=1e-3)
+
+
+async def test_a_plan_goes_by_what_the_worker_measured_once_it_has(bench):
+    await bench.join("a:1", "b:1")
+    (a, slot), (b, _) = bench.slots["a:1"], bench.slots["b:1"]
+
+    async def planned_with() -> dict[str, float]:
+        """Return the prefill tokens/s that a plan went by."""
+        candidates = [each.candidate for each in bench.receipt(await bench.decide()).choices]
+        return {each.worker.worker_id: each.profile.prefill_tokens_per_s for each in candidates}
+
+    assert await planned_with() == {"a:1": 1_000, "b:1": 1_000}
+    costs = StepCosts(num_steps=50, prefill_tokens_per_s=500.0)
+    bench.writer.report_costs(a.pool, slot, a.incarnation, costs)
+    await bench.fleet.poll()
+    # Nobody has measured the other one, which is of the same pool.
+    assert await planned_with() == {"a:1": 500, "b:1": 500}
+    assert [bench.fleet.snapshot.basis_of(each).source for each in (a, b)] == ["worker", "pool"]
+    decision = await bench.decide(stream=True)
+    chosen = decision.destinations[0]
+    bench.router.record(served(decision, worker=chosen, ttft_ms=60_000))
+    slower = (await planned_with())[chosen]
+    assert slower < 500
+    # It says now that it is twice as fast: so it is, and as far from what it says as before.
+    costs = StepCosts(num_steps=90, prefill_tokens_per_s=1_000.0)
+    bench.writer.report_costs(a.pool, slot, a.incarnation, costs)
+    await bench.fleet.poll()
+    assert (await planned_with())[chosen] == pytest.approx(2 * slower, rel=1e-3)
 
 
 async def test_a_record_of_an_unknown_decision_is_ignored(bench):

@@ -6,7 +6,20 @@ import random
 import pytest
 
 from gateway.profile import Profile
-from gateway.rates import BOUND, HALF_LIFE_S, MIN_SAMPLE_TOKENS, POOL_STEP, WORKER_STEP, Rates
+from gateway.rates import (
+    BOUND,
+    HALF_LIFE_S,
+    MIN_SAMPLE_TOKENS,
+    POOL_STEP,
+    SETTINGS,
+    WORKER_STEP,
+    Basis,
+    Rates,
+    Source,
+    basis_of,
+    typical_costs,
+)
+from kvindex.worker import Load, RegisteredWorker, Role, StepCosts, Worker
 from tests.support.workers import make_worker
 
 A, B = make_worker("a:1"), make_worker("b:1")
@@ -25,11 +38,19 @@ def rates_of(tokens_per_s: float, **options) -> Rates:
     return Rates(Profile(prefill_tokens_per_s=tokens_per_s), **options)
 
 
-def observe(rates: Rates, worker, num_tokens: int, ttft_ms: float, queue_ms: float = 0.0) -> None:
-    by = rates.profile(worker)
+def observe(
+    rates: Rates, worker, num_tokens: int, ttft_ms: float, queue_ms: float = 0.0, basis: Basis = SETTINGS
+) -> None:
+    by = rates.profile(worker, basis)
     predicted_ms = by.prefill_ms(num_tokens)
     rates.observe(
-        worker, num_tokens=num_tokens, predicted_ms=predicted_ms, queue_ms=queue_ms, by=by, ttft_ms=ttft_ms
+        worker,
+        basis,
+        num_tokens=num_tokens,
+        predicted_ms=predicted_ms,
+        queue_ms=queue_ms,
+        by=by,
+        ttft_ms=ttft_ms,
     )
 
 
@@ -139,3 +160,70 @@ def test_a_prediction_of_an_earlier_profile_is_measured_by_that_profile():
     settled = rates.profile(A).prefill_tokens_per_s
     rates.observe(A, num_tokens=4000, predicted_ms=4000, by=before, ttft_ms=8000)
     assert rates.profile(A).prefill_tokens_per_s == pytest.approx(settled, rel=0.02)
+
+
+def costs(tokens_per_s: float | None, **fields: float) -> StepCosts:
+    return StepCosts(num_steps=100, prefill_tokens_per_s=tokens_per_s, **fields)
+
+
+def registered(worker: Worker, step_costs: StepCosts | None = None) -> RegisteredWorker:
+    return RegisteredWorker(
+        worker=worker,
+        slot=0,
+        role=Role.BOTH,
+        lease_ms=1,
+        lease_left_ms=1,
+        num_indexed_blocks=0,
+        digest="",
+        load=Load(),
+        charged_tokens=0,
+        charged_requests=0,
+        step_costs=step_costs,
+    )
+
+
+def test_a_worker_is_known_by_its_own_steps_then_by_its_pools_then_by_the_settings():
+    measured, early, fresh = (
+        registered(A, costs(9_000)),
+        registered(B, costs(None)),
+        registered(make_worker("c:1")),
+    )
+    typical = typical_costs([measured, early, fresh])
+    assert typical == costs(9_000)
+    found = [basis_of(each, typical).source for each in (measured, early, fresh)]
+    assert found == [Source.WORKER, Source.POOL, Source.POOL]
+    assert typical_costs([early, fresh]) is None
+    assert basis_of(early, None) is SETTINGS
+
+
+def test_typical_is_the_worker_in_the_middle():
+    speeds = [100, 1_000, 1_100, 1_200, 50_000]
+    workers = [registered(make_worker(f"{speed}:1"), costs(speed)) for speed in reversed(speeds)]
+    assert typical_costs(workers) == costs(1_100)
+
+
+def test_measured_steps_replace_the_settings_as_a_whole():
+    given = Profile(prefill_tokens_per_s=1000, attention_ns_per_pair=10, step_ms=4)
+    rates = Rates(given)
+    basis = Basis(Source.WORKER, costs(8_000, step_ms=1.5, decode_us_per_request=20))
+    assert rates.profile(A) == given
+    assert rates.profile(A, basis) == Profile(
+        prefill_tokens_per_s=8_000, step_ms=1.5, decode_us_per_request=20
+    )
+
+
+def test_the_access_log_corrects_measured_steps_apart_from_the_settings():
+    rates = rates_of(1_000)
+    basis = Basis(Source.WORKER, costs(8_000))
+    feed(rates, A, 500, times=50)
+    assert rates.speed(A, basis) == 1
+    for _ in range(100):
+        observe(rates, A, 4_000, 1_000, basis=basis)  # half as fast as it says
+    assert rates.speed(A, basis) == pytest.approx(0.5, rel=0.05)
+    assert rates.profile(A, basis).prefill_tokens_per_s == pytest.approx(4_000, rel=0.05)
+    assert rates.profile(A).prefill_tokens_per_s == pytest.approx(500, rel=0.1)
+    # What it says of itself may change meanwhile: it is corrected by as much.
+    faster = Basis(Source.WORKER, costs(16_000))
+    assert rates.profile(A, faster).prefill_tokens_per_s == pytest.approx(8_000, rel=0.05)
+    newcomer = rates.profile(make_worker("new:1"), Basis(Source.POOL, costs(8_000)))
+    assert newcomer.prefill_tokens_per_s == pytest.approx(4_000, rel=0.05)

@@ -7,6 +7,7 @@ import contextlib
 import random
 from dataclasses import dataclass
 
+import msgspec
 import pytest
 
 from kvindex.blocks import BlockHash, Pool
@@ -18,7 +19,7 @@ from kvindex.memory_index import MemoryIndex, MemoryIndexReader, MemoryIndexWrit
 from kvindex.pending import MOST_PENDING, Pending, Sample
 from kvindex.redis_index import RedisIndexReader, RedisIndexWriter
 from kvindex.stores import Store
-from kvindex.worker import Batch, Load, Reservation, Role, SlotState, Tier, Worker
+from kvindex.worker import Batch, Load, Reservation, Role, SlotState, StepCosts, Tier, Worker
 
 POOL = Pool("m", 16)
 LONG_MS = 60_000
@@ -275,6 +276,24 @@ async def test_a_gap_between_batches_loses_the_slot(index):
     slot = index.open()
     with pytest.raises(SlotLost):
         index.writer.apply(POOL, slot, "one", Batch(sequence=1, stored=(1,)), Batch(sequence=3, stored=(3,)))
+
+
+async def test_a_worker_says_what_its_steps_cost_and_its_next_life_begins_anew(index):
+    slot = index.open()
+    _, (before,) = await index.reader.workers(POOL)
+    assert before.step_costs is None
+    costs = StepCosts(num_steps=7, prefill_tokens_per_s=None, step_ms=0.1 + 0.2)
+    for told in (costs, msgspec.structs.replace(costs, num_steps=9, prefill_tokens_per_s=8_000.5)):
+        index.writer.report_costs(POOL, slot, "one", told)
+        _, (after,) = await index.reader.workers(POOL)
+        assert after.step_costs == told
+    with pytest.raises(SlotLost):
+        index.writer.report_costs(POOL, slot, "two", costs)
+    index.open(incarnation="two", takeover=True)
+    _, (restarted,) = await index.reader.workers(POOL)
+    assert restarted.step_costs is None
+    with pytest.raises(SlotLost):
+        index.writer.report_costs(POOL, slot, "one", costs)
 
 
 async def test_a_heartbeat_carries_batches(index):

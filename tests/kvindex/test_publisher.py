@@ -9,6 +9,7 @@ from operator import xor
 
 import pytest
 
+from kvindex import publisher
 from kvindex.config import PublisherConfig
 from kvindex.contents import EngineContents
 from kvindex.errors import EventsLost, IndexUnavailable
@@ -17,7 +18,7 @@ from kvindex.history import EventKind, PoolEvent
 from kvindex.index import nothing
 from kvindex.memory_index import MemoryIndex, MemoryIndexReader, MemoryIndexWriter
 from kvindex.publisher import LoadReport, Publisher
-from kvindex.worker import Batch, Load, RegisteredWorker, SlotState, Worker
+from kvindex.worker import Batch, Load, RegisteredWorker, SlotState, StepCosts, Worker
 from tests.support.scripted_engine import ScriptedSource, make_worker, prompt, removal
 from tests.support.waiting import eventually
 
@@ -355,6 +356,33 @@ async def test_a_large_state_is_sent_in_many_batches_while_the_lease_goes_on(ben
     bench.source.put(event)
     await eventually(lambda: bench.holds(hashes))
     assert len(bench.writer.batches) == -(-len(hashes) // 128)
+
+
+async def test_what_steps_cost_is_told_when_it_changes_and_again_in_a_fresh_slot(monkeypatch):
+    monkeypatch.setattr(publisher, "COSTS_INTERVAL_S", 0.01)
+    bench = Bench()
+    known: list[StepCosts | None] = [None]
+    made = Publisher(
+        bench.worker, CONFIG, bench.writer, bench.source, lambda: bench.load, costs=lambda: known[0]
+    )
+    made.start()
+
+    async def told() -> StepCosts | None:
+        found = await bench.registered()
+        return found.step_costs if found else None
+
+    async def is_told() -> bool:
+        return await told() == known[0]
+
+    await eventually(bench.registered)
+    assert await told() is None
+    for num_steps in (5, 6):
+        known[0] = StepCosts(num_steps=num_steps, prefill_tokens_per_s=1_000.0 * num_steps)
+        await eventually(is_told)
+    bench.source.put(prompt(1, 2)[0], EventsLost("gap"))
+    await eventually(lambda: bench.writer.num_opened == 2)
+    await eventually(is_told)
+    made.stop()
 
 
 async def test_age_settles_reservations_for_publishers_that_cannot_name_them():

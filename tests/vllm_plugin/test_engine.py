@@ -2,7 +2,10 @@
 
 import asyncio
 import json
+import random
+import statistics
 import sys
+import time
 from functools import reduce
 from operator import xor
 from pathlib import Path
@@ -11,6 +14,7 @@ from typing import Any
 import httpx
 import pytest
 
+from gateway.profile import Profile, num_pairs
 from kvindex.blocks import BlockHash, Pool, hash_blocks, root_hash
 from kvindex.config import index_config
 from kvindex.redis_index import RedisIndexReader
@@ -113,10 +117,49 @@ async def test_an_engine_with_the_connector_is_in_the_index_as_it_is(redis_url: 
             await asyncio.wait_for(complete(engine, max_tokens=3_000), 1.0)
         await eventually(idle_and_settled)
 
+        await its_steps_cost_what_requests_take(engine, index)
+
         assert not await index.gone()
         engine.kill()
         await eventually(index.gone, 2 * LEASE_MS / 1000)
     await index.reader.close()
+
+
+async def its_steps_cost_what_requests_take(engine: Engine, index: Index) -> None:
+    """Compare what the engine measured of its steps with what a client measures of whole requests."""
+    chance = random.Random(1)
+
+    async def timed_ms(num_tokens: int, num_answer_tokens: int) -> float:
+        prompt = [chance.randrange(100, 1_000) for _ in range(num_tokens)]
+        start_s = time.perf_counter()
+        await complete(engine, prompt=prompt, max_tokens=num_answer_tokens)
+        return (time.perf_counter() - start_s) * 1e3
+
+    async def measured() -> bool:
+        found = await index.worker()
+        costs = found.step_costs if found else None
+        return costs is not None and costs.prefill_tokens_per_s is not None and costs.num_steps > before + 20
+
+    found = await index.worker()
+    assert found is not None
+    before = found.step_costs.num_steps if found.step_costs else 0
+    for _ in range(24):
+        await timed_ms(chance.randint(200, 3_600), 8)
+    await eventually(measured, 60)
+    found = await index.worker()
+    assert found is not None
+    assert found.step_costs is not None
+    costs = Profile(
+        prefill_tokens_per_s=found.step_costs.prefill_tokens_per_s,
+        attention_ns_per_pair=found.step_costs.attention_ns_per_pair,
+        step_ms=found.step_costs.step_ms,
+    )
+    short, long = [statistics.median([await timed_ms(n, 1) for _ in range(5)]) for n in (400, 3_600)]
+    # The difference of two requests is prefill alone: what surrounds it is the same.
+    predicted_ms = costs.prefill_ms(3_600, num_pairs(3_600, 0)) - costs.prefill_ms(400, num_pairs(400, 0))
+    assert 1 / 3 < predicted_ms / (long - short) < 3  # the machine may be busier now than it was then
+    one, many = [statistics.median([await timed_ms(64, n) for _ in range(3)]) for n in (1, 101)]
+    assert found.step_costs.step_ms < 3 * (many - one) / 100
 
 
 async def test_an_engine_without_the_connector_is_published_from_beside_it(redis_url: str):

@@ -7,6 +7,7 @@ from hypothesis import strategies as st
 
 from kvindex.worker import Load
 from vllm_plugin.load import LoadTracker
+from vllm_plugin.step_times import StepWork
 
 
 class Status(enum.IntEnum):
@@ -71,6 +72,23 @@ def test_half_of_the_step_under_way_is_still_to_be_computed():
     load.begin_step({})
     request.status, request.num_computed_tokens = Status.PREEMPTED, 0
     assert load.report().load.waiting_prefill_tokens == 101
+
+
+def test_what_is_in_a_step_is_told_by_what_each_request_has_computed():
+    load = tracker()
+    load.add(Request("new", num_prompt_tokens=1_000))
+    load.add(Request("chunk", num_prompt_tokens=1_000, num_computed_tokens=600))
+    load.add(Request("decoding", num_computed_tokens=109, num_output_tokens=10))
+    # A preempted one that is at its output again: that is computed as a prompt is.
+    load.add(Request("resumed", num_computed_tokens=100, num_output_tokens=50))
+    scheduled = {"new": 200, "chunk": 400, "decoding": 1, "resumed": 50, "gone": 7}
+    assert load.begin_step(scheduled) == StepWork(
+        prefill_tokens=650,
+        prefill_pairs=200 * 100 + 400 * (600 + 200) + 50 * (100 + 25),
+        decode_requests=1,
+        decode_tokens=109,
+    )
+    assert load.begin_step({}) == StepWork(0, 0, 0, 0)
 
 
 def test_a_preempted_request_computes_its_output_again():

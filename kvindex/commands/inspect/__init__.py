@@ -4,7 +4,18 @@ from __future__ import annotations
 
 import typer
 
-from kvindex.commands.inspect import decisions, diff, drift, events, fleet, heatmap, memory, stores, top
+from kvindex.commands.inspect import (
+    decisions,
+    diff,
+    drift,
+    events,
+    fleet,
+    heatmap,
+    memory,
+    rates,
+    stores,
+    top,
+)
 
 app = typer.Typer(
     no_args_is_help=True, add_completion=False, help="Show what the fleet and its index hold, and why."
@@ -16,6 +27,7 @@ for command in (
     fleet.pools,
     stores.stores,
     fleet.block,
+    rates.rates,
     decisions.prefix,
     decisions.decision,
     decisions.why,

@@ -14,6 +14,7 @@ ARGUMENTS = {
     "pools": [],
     "stores": [],
     "block": ["beef"],
+    "rates": [],
     "prefix": ["Once", "--model", "tiny"],
     "decision": ["x"],
     "why": ["x"],
@@ -23,7 +24,7 @@ ARGUMENTS = {
     "memory": [],
     "events": [],
 }
-ASK_THE_GATEWAY = ("prefix", "decision", "why", "heatmap")
+ASK_THE_GATEWAY = ("rates", "prefix", "decision", "why", "heatmap")
 
 
 def test_every_command_is_tried_and_has_json():

@@ -1,0 +1,13 @@
+-- Replaces what a worker says of the costs of its steps.
+--
+-- KEYS[1]  directory of the pool
+-- ARGV     slot, incarnation, costs as JSON
+-- Returns  1; false if the slot is not this incarnation's
+
+local slot, incarnation, costs = unpack(ARGV)
+if not own(slot, incarnation) then
+  return false
+end
+write_though_full()
+redis.call('HSET', SLOT .. slot, 'costs', costs)
+return 1
