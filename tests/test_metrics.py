@@ -18,9 +18,11 @@ LABELS = {
     "mode",
     "model",  # base models of the fleet, not what a client asks for
     "outcome",
+    "part",  # of a step
     "reason",
     "role",  # send, receive
     "server",  # LMCache servers of the node
+    "source",
     "state",
     "status",
     "step",
