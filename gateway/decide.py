@@ -175,10 +175,13 @@ class KvRouter:
         went_astray = served.worker is None and served.status != 200
         if went_astray or served.worker not in (None, receipt.destinations[0]):
             self._fleet.suspect()
-        elif receipt.split or (receipt.choice and receipt.choice.candidate.degraded):
-            return  # What the worker computed itself is not known.
-        elif served.status == 200 and receipt.streamed and served.ttft_ms is not None and receipt.choice:
-            self._learn(receipt.choice, served.ttft_ms - sum(receipt.steps_ms.values()))
+        elif served.status == 200 and receipt.streamed and (late_ms := receipt.ttft_error_ms) is not None:
+            if receipt.choice is None or receipt.choice.candidate.degraded:
+                return  # What the worker had cached is not known.
+            direction = "late" if late_ms > 0 else "early"
+            metrics.TTFT_ERROR_SECONDS.labels(direction).observe(abs(late_ms) / 1000)
+            if receipt.split is None:
+                self._learn(receipt.choice, receipt.choice.terms.ttft_ms + late_ms)
 
     async def overlaps(
         self, path: str, body: bytes
@@ -376,9 +379,6 @@ class KvRouter:
         return without_loads(request.body) if is_told else None
 
     def _learn(self, choice: Choice, ttft_ms: float) -> None:
-        late_ms = ttft_ms - choice.terms.ttft_ms
-        direction = "late" if late_ms > 0 else "early"
-        metrics.TTFT_ERROR_SECONDS.labels(direction).observe(abs(late_ms) / 1000)
         if choice.is_loading:
             self._tier_speeds.observe(
                 choice.loads,

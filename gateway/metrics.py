@@ -39,7 +39,7 @@ TTFT_SECONDS = Histogram(
 )
 TTFT_ERROR_SECONDS = Histogram(
     "kvlane_gateway_ttft_error_seconds",
-    "Distance of measured from predicted time to first token of streamed requests.",
+    "Distance of measured from predicted time to first token of streamed requests, split ones included.",
     ["direction"],
     buckets=(0.001, 0.003, 0.01, 0.03, 0.1, 0.3, 1.0, 3.0, 10.0, 30.0),
 )
