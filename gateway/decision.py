@@ -7,6 +7,8 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Protocol
 
+from gateway.labels import ANY_LABELS, Selector
+
 
 @dataclass(frozen=True, slots=True)
 class Caller:
@@ -19,6 +21,8 @@ class Caller:
     """vLLM's `priority` of the soonest that its requests may be; lower is sooner."""
     ttft_target_ms: float | None = None
     """Time to first token to aim for, where the request names none."""
+    labels: Selector = ANY_LABELS
+    """What a worker's labels must be, where the request does not say."""
 
 
 @dataclass(frozen=True, slots=True)

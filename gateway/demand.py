@@ -9,6 +9,7 @@ import msgspec
 from gateway.admission import TTFT_TARGET_HEADER
 from gateway.decision import HttpRequest
 from gateway.errors import RequestError
+from gateway.labels import ANY_LABELS, LABELS_HEADER, Selector, parse_selector
 from gateway.lookup import longest_prompt
 from gateway.plan import Demand
 from gateway.tokens.request import ReadRequest
@@ -33,7 +34,11 @@ def named_model(body: bytes) -> str | None:
 
 
 def demand_of(request: HttpRequest, model: str | None, read: ReadRequest | None) -> Demand:
-    """Return what the request asks of a worker; without its tokens, an estimate."""
+    """Return what the request asks of a worker; without its tokens, an estimate.
+
+    Raises:
+        RequestError: 400, a header of ours cannot be read.
+    """
     rank = request.headers.get(RANK_HEADER, "")
     return Demand(
         num_tokens=read.num_tokens if read else len(request.body) // BYTES_PER_TOKEN,
@@ -42,7 +47,17 @@ def demand_of(request: HttpRequest, model: str | None, read: ReadRequest | None)
         num_context_tokens=max(len(prompt.tokens) for prompt in read.prompts) if read else 0,
         endpoints=request.candidates,
         dp_rank=int(rank) if rank.isascii() and rank.isdecimal() else None,
+        labels=_selector(request),
     )
+
+
+def _selector(request: HttpRequest) -> Selector:
+    if (given := request.headers.get(LABELS_HEADER)) is None:
+        return request.caller.labels if request.caller else ANY_LABELS
+    try:
+        return parse_selector(given)
+    except ValueError as error:
+        raise RequestError(400, f"{LABELS_HEADER}: {error}.") from error
 
 
 def ttft_target_ms(request: HttpRequest) -> float | None:

@@ -56,6 +56,8 @@ def allowed(
         worker = each.worker
         if reason := obstacle(worker, snapshot.served_names(worker), demand):
             excluded[worker.worker_id] = reason
+        elif each.is_draining:
+            excluded[worker.worker_id] = "draining"
         elif worker.endpoint in snapshot.unreachable:
             doubtful.append((each, "refuses connections"))
         elif not snapshot.parity_of(worker).answers:

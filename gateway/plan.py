@@ -10,6 +10,7 @@ from collections.abc import Collection, Iterable, Mapping
 import msgspec
 import xxhash
 
+from gateway.labels import ANY_LABELS, Selector
 from gateway.parity import Reason
 from gateway.profile import Profile, num_pairs
 from gateway.tiers import TierLoad, TierPart, tier_loads
@@ -51,6 +52,8 @@ class Demand(msgspec.Struct, frozen=True, kw_only=True):
     """Subset to choose from; None allows every worker."""
     dp_rank: int | None = None
     """Data-parallel rank that the client insists on."""
+    labels: Selector = ANY_LABELS
+    """What a worker's labels must be."""
 
 
 class Candidate(msgspec.Struct, frozen=True, kw_only=True):
@@ -138,6 +141,8 @@ def obstacle(worker: Worker, served_models: Collection[str], demand: Demand) -> 
         return "context too short"
     if demand.dp_rank is not None and worker.dp_size > 1 and worker.dp_rank != demand.dp_rank:
         return "other data-parallel rank"
+    if not demand.labels.matches(worker.labels):
+        return f"without the labels {demand.labels.text}"
     return None
 
 

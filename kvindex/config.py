@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
-from typing import Any, TypeVar
+import re
+from collections.abc import Iterable, Mapping
+from typing import Annotated, Any, TypeVar
 
 from pydantic import Field, SecretStr, ValidationError
 from pydantic_settings import BaseSettings, SettingsConfigDict, SettingsError
@@ -11,9 +12,12 @@ from pydantic_settings import BaseSettings, SettingsConfigDict, SettingsError
 from kvindex.errors import ConfigError
 from kvindex.redis_url import FORMS
 from kvindex.tls import ClientTls, ServerTls
-from kvindex.worker import Role
+from kvindex.worker import LABEL_NAME, Role
 
 Config = TypeVar("Config", bound=BaseSettings)
+
+LabelName = Annotated[str, Field(pattern=f"^{LABEL_NAME}$")]
+LabelValue = Annotated[str, Field(pattern=f"^({LABEL_NAME})?$")]
 
 
 class IndexConfig(BaseSettings):
@@ -52,7 +56,9 @@ class PublisherConfig(LeaseConfig):
     metrics_tls: ServerTls | None = Field(
         None, description="cert, key and client_ca (PEM files) of that port, read at the start."
     )
-    labels: dict[str, str] = Field(default_factory=dict, description="Free labels for routing filters.")
+    labels: dict[LabelName, LabelValue] = Field(
+        default_factory=dict, description="What requests may select workers by, such as {gpu: h200}."
+    )
     role: Role = Field(
         Role.BOTH, description="What this worker is asked to do, until `kvlane role` says otherwise."
     )
@@ -137,6 +143,23 @@ def connector_config(kind: type[Config], extra: Mapping[str, Any]) -> Config:
         return kind(**ours)
     except ValidationError as error:
         raise ConfigError(describe(error)) from error
+
+
+def labels_of(given: Iterable[str]) -> dict[str, str]:
+    """Return labels that were given as KEY=VALUE.
+
+    Raises:
+        ConfigError: one of them is not, or of characters that no selector can write.
+    """
+    labels = {}
+    for each in given:
+        name, separator, value = each.partition("=")
+        if not separator or not re.fullmatch(LABEL_NAME, name) or not re.fullmatch(f"({LABEL_NAME})?", value):
+            raise ConfigError(
+                f"--label {each}: write KEY=VALUE, of letters, digits and, not at an end, `.`, `_`, `/`, `-`"
+            )
+        labels[name] = value
+    return labels
 
 
 def describe(error: ValidationError) -> str:

@@ -214,6 +214,13 @@ class IndexReader(Protocol):
             False, and nothing is changed, if no such worker is registered.
         """
 
+    async def drain(self, pool: Pool, worker_id: str, *, is_draining: bool) -> bool:
+        """Have a worker sent no more requests, or again; it stays so through restarts.
+
+        Returns:
+            False, and nothing is changed, if no such worker is registered.
+        """
+
     async def sweep(self, pool: Pool, *, max_buckets: int) -> int:
         """Drop one slice of the entries of dead slots; return how many dead slots are left to sweep.
 

@@ -14,6 +14,7 @@ the directory as KEYS[1] and append the suffixes below, which `lua_names` hands 
 |                          |      | costs of its steps as JSON                      |                   |
 | kvlane:{pool}:ids        | hash | worker id -> its slot                           | slot fenced       |
 | kvlane:{pool}:roles      | hash | worker id -> role that an operator gave it      | taken back        |
+| kvlane:{pool}:drain      | set  | worker ids that are sent no more requests       | taken back        |
 | kvlane:{pool}:res        | hash | decision id -> reservation (`RESERVATION`)      | settled, expired  |
 | kvlane:{pool}:exp        | zset | decision ids by expiry                          | settled, expired  |
 | kvlane:{pool}:pend       | hash | decision id -> what was sent to be computed     | computed, settled |
@@ -58,6 +59,7 @@ _SUFFIXES = {
     "SLOT": ":s:",
     "IDS": ":ids",
     "ROLES": ":roles",
+    "DRAINING": ":drain",
     "RESERVATIONS": ":res",
     "EXPIRY": ":exp",
     "TAKEN": ":r:",
@@ -124,6 +126,7 @@ def fixed_keys(pool: Pool, slots: Iterable[int]) -> dict[str, list[str]]:
         "directory": base,
         "worker ids": base + _SUFFIXES["IDS"],
         "roles": base + _SUFFIXES["ROLES"],
+        "draining": base + _SUFFIXES["DRAINING"],
         "live rows": base + _SUFFIXES["LIVE"],
     }
     two = {"log of slots": log_key(pool), "log of evictions": removals_key(pool)}

@@ -88,6 +88,7 @@ class _Pool:
     charges: dict[str, _Charge] = field(default_factory=dict)
     pending: dict[str, _Pending] = field(default_factory=dict)
     roles: dict[str, Role] = field(default_factory=dict)
+    draining: set[str] = field(default_factory=set)
     events: deque[PoolEvent] = field(default_factory=lambda: deque(maxlen=LOG_EVENTS))
     removals: deque[Removal] = field(default_factory=lambda: deque(maxlen=LOG_REMOVALS))
     num_events: int = 0
@@ -318,6 +319,7 @@ class MemoryIndexReader:
                 worker=slot.holder,
                 slot=slot.number,
                 role=self._index.pool(pool).roles.get(slot.holder.worker_id, slot.holder.role),
+                is_draining=slot.holder.worker_id in self._index.pool(pool).draining,
                 lease_ms=slot.lease_ms,
                 lease_left_ms=int(slot.expires_ms - now_ms),
                 num_indexed_blocks=slot.state.num_blocks,
@@ -428,6 +430,15 @@ class MemoryIndexReader:
         state.roles.pop(worker_id, None)
         if role is not None:
             state.roles[worker_id] = role
+        state.version += 1
+        return True
+
+    async def drain(self, pool: Pool, worker_id: str, *, is_draining: bool) -> bool:
+        """See `IndexReader`."""
+        state = self._index.pool(pool)
+        if all(slot.holder.holder_id != worker_id for slot in state.slots.values()):
+            return False
+        (state.draining.add if is_draining else state.draining.discard)(worker_id)
         state.version += 1
         return True
 

@@ -202,12 +202,13 @@ def _writes(slot: int, incarnation: str, batches: Iterable[Batch]) -> list[Scrip
 
 
 def _registered(described: Sequence[Any], row: Row, now_ms: float) -> RegisteredWorker:
-    slot, packed, num_blocks, digest, given_role, costs = described
+    slot, packed, num_blocks, digest, given_role, costs, is_draining = described
     worker = msgspec.json.decode(packed, type=Worker)
     return RegisteredWorker(
         worker=worker,
         slot=slot,
         role=Role(given_role.decode()) if given_role else worker.role,
+        is_draining=bool(is_draining),
         lease_ms=row.lease_ms,
         lease_left_ms=int(row.expires_ms - now_ms),
         num_indexed_blocks=num_blocks,
@@ -380,6 +381,10 @@ class RedisIndexReader:
     async def give_role(self, pool: Pool, worker_id: str, role: Role | None) -> bool:
         """See `IndexReader`."""
         return bool(await self._run("give_role", pool, worker_id, role or ""))
+
+    async def drain(self, pool: Pool, worker_id: str, *, is_draining: bool) -> bool:
+        """See `IndexReader`."""
+        return bool(await self._run("drain", pool, worker_id, int(is_draining)))
 
     async def sweep(self, pool: Pool, *, max_buckets: int) -> int:
         """See `IndexReader`."""

@@ -10,6 +10,9 @@ import msgspec
 from kvindex.blocks import BlockHash, Pool
 from kvindex.pending import Pending
 
+LABEL_NAME = r"[A-Za-z0-9]([A-Za-z0-9._/-]*[A-Za-z0-9])?"
+"""A worker's label, and its value unless that is empty: what selectors can write."""
+
 
 class Tier(enum.StrEnum):
     """Where a holder keeps its blocks, fastest first."""
@@ -72,6 +75,7 @@ class Worker(msgspec.Struct, frozen=True, kw_only=True):
     role: Role = Role.BOTH
     """As started; an operator may have given it another since (`RegisteredWorker.role`)."""
     labels: dict[str, str] = {}
+    """What requests may select workers by."""
     engine: str = ""
     """Engine name and version, for people."""
     publisher: str = "connector"
@@ -188,6 +192,8 @@ class RegisteredWorker(msgspec.Struct, frozen=True, kw_only=True):
     slot: int
     role: Role
     """What it is asked to do now."""
+    is_draining: bool = False
+    """Whether it is to get no more requests; those that it has go on."""
     lease_ms: int
     """As granted; what is gone of it is the age of the last heartbeat."""
     lease_left_ms: int

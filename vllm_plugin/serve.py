@@ -8,13 +8,14 @@ import shlex
 import shutil
 import socket
 import sys
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Annotated, Any
 
 import typer
 from rich.console import Console
 
+from kvindex.config import labels_of
 from kvindex.errors import ConfigError
 from kvindex.worker import Role
 from vllm_plugin.plugin import CONNECTOR_MODULE, CONNECTOR_NAME
@@ -45,6 +46,10 @@ def serve(
         Role | None,
         typer.Option(envvar="KVLANE_ROLE", help="What it is asked to do until `kvlane role` says otherwise."),
     ] = None,
+    label: Annotated[
+        list[str] | None,
+        typer.Option(metavar="KEY=VALUE", help="What requests may select it by, once for each label."),
+    ] = None,
     dry_run: Annotated[bool, typer.Option("--dry-run", help="Print the command and stop.")] = False,
 ) -> None:
     """Run `vllm serve MODEL`, with any of its arguments, as a worker of the fleet.
@@ -53,7 +58,7 @@ def serve(
     """
     if model.startswith("-"):
         raise typer.BadParameter(f"MODEL comes first, got {model}", ctx=context, param_hint="MODEL")
-    arguments = complete_arguments(context.args, endpoint, role)
+    arguments = complete_arguments(context.args, endpoint, role, labels_of(label or ()))
     if dry_run:
         Console(soft_wrap=True, highlight=False, markup=False).print(
             shlex.join(["vllm", "serve", model, *arguments])
@@ -66,7 +71,12 @@ def serve(
     os.execv(program, [program, "serve", model, *arguments])  # noqa: S606 - no shell wanted
 
 
-def complete_arguments(given: Sequence[str], endpoint: str | None, role: Role | None = None) -> list[str]:
+def complete_arguments(
+    given: Sequence[str],
+    endpoint: str | None,
+    role: Role | None = None,
+    labels: Mapping[str, str] | None = None,
+) -> list[str]:
     """Return vLLM's arguments with what a worker needs; given values win, key by key.
 
     Raises:
@@ -94,6 +104,7 @@ def complete_arguments(given: Sequence[str], endpoint: str | None, role: Role | 
         "kv_connector_extra_config": {
             "kvlane.endpoint": endpoint or _endpoint(arguments),
             **({"kvlane.role": role} if role else {}),
+            **({"kvlane.labels": labels} if labels else {}),
             **extra,
         },
     }

@@ -10,6 +10,7 @@ import yaml
 from pydantic import AfterValidator, BaseModel, ConfigDict, Field, ValidationError, model_validator
 
 from gateway.decision import Caller
+from gateway.labels import ANY_LABELS, Selector, parse_selector
 from gateway.tenants.keys import KEY_PREFIX, hash_key, is_key_hash
 from kvindex.config import describe
 from kvindex.errors import ConfigError
@@ -25,6 +26,11 @@ def _hash_of_key(text: str) -> str:
     return text
 
 
+def _selecting(text: str) -> str:
+    parse_selector(text)
+    return text
+
+
 class _Entry(BaseModel):
     model_config = ConfigDict(extra="forbid", frozen=True)
 
@@ -36,6 +42,13 @@ class Level(_Entry):
     """Time to first token to aim for."""
     priority: int | None = Field(None, ge=-_INT64, lt=_INT64)
     """vLLM's `priority`, lower is sooner; requests may ask for later, never for sooner."""
+    labels: Annotated[str, AfterValidator(_selecting)] | None = None
+    """Selector of workers, for requests that bring none: `gpu=h200,zone!=a`."""
+
+    @property
+    def selector(self) -> Selector | None:
+        """What `labels` mean; None where there are none."""
+        return None if self.labels is None else parse_selector(self.labels)
 
 
 class Key(Level):
@@ -83,6 +96,7 @@ class Roster:
                 weight=tenant.weight,
                 priority=_first(key.priority, tenant.priority) or 0,
                 ttft_target_ms=_first(key.ttft_target_ms, tenant.ttft_target_ms),
+                labels=_first(key.selector, tenant.selector) or ANY_LABELS,
             )
             for tenant in self.tenants.values()
             for key in tenant.keys

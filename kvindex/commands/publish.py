@@ -12,7 +12,7 @@ import structlog
 import typer
 
 from kvindex import metrics
-from kvindex.config import PublisherConfig, publisher_config
+from kvindex.config import PublisherConfig, labels_of, publisher_config
 from kvindex.contents import EngineContents
 from kvindex.engine_api import EngineApi
 from kvindex.errors import EngineUnavailable
@@ -38,6 +38,10 @@ def publish(
     redis_url: Annotated[
         str | None, typer.Option(envvar="KVLANE_REDIS_URL", help="The Redis that holds the index.")
     ] = None,
+    label: Annotated[
+        list[str] | None,
+        typer.Option(metavar="KEY=VALUE", help="What requests may select it by, once for each label."),
+    ] = None,
     dp_rank: Annotated[int, typer.Option(min=0, help="The data-parallel rank behind these events.")] = 0,
     dp_size: Annotated[int, typer.Option(min=1, help="Data-parallel ranks behind the endpoint.")] = 1,
 ) -> None:
@@ -48,7 +52,8 @@ def publish(
     stops answering, and joins anew when it is back.
     """
     given = {"kvlane.endpoint": endpoint} | ({"kvlane.redis_url": redis_url} if redis_url else {})
-    config = publisher_config(given)
+    labels = {"kvlane.labels": labels_of(label)} if label else {}
+    config = publisher_config(given | labels)
     metrics.serve(config.metrics_host, config.metrics_port, config.metrics_tls)
     stopping = threading.Event()
 

@@ -13,6 +13,7 @@ from gateway.config import GatewayConfig
 from gateway.decision import Caller, End, HttpRequest, Served
 from gateway.demand import named_model
 from gateway.errors import RequestError, TokenizerError
+from gateway.labels import parse_selector
 from gateway.parity import Reason, degraded, unverified
 from gateway.probe import ModelCard, worker_client
 from kvindex.blocks import hash_blocks, root_hash
@@ -523,6 +524,68 @@ async def test_a_record_of_an_unknown_decision_is_ignored(bench):
     await bench.join("a:1")
     bench.router.record(Served("unknown", 200, "a:1", 1.0, 1.0, 1, 1))
     assert bench.fleet._probe_now.is_set() is False
+
+
+async def test_a_draining_worker_gets_no_more_requests_and_keeps_those_that_it_has(bench):
+    await bench.join("a:1", "b:1", blocks=blocks_of())
+    pool = bench.slots["a:1"][0].pool
+    first = await bench.decide()
+    (chosen, other) = (first.destinations[0], *({"a:1", "b:1"} - {first.destinations[0]}))
+    await bench.index.drain(pool, chosen, is_draining=True)
+    decision = await bench.decide()
+    assert decision.destinations == (other,)
+    assert bench.receipt(decision).excluded == {chosen: "draining"}
+    assert bench.charges()[chosen] == 1
+    await bench.index.drain(pool, other, is_draining=True)
+    with pytest.raises(RequestError, match=r"No live worker can serve `tiny` now.*2 draining") as caught:
+        await bench.decide()
+    assert caught.value.status == 503
+    await bench.index.drain(pool, chosen, is_draining=False)
+    assert (await bench.decide()).destinations == (chosen,)
+    # Where nothing is looked up, and where the index is away, it is as it was last known.
+    await bench.fleet.poll()
+    request = HttpRequest("GET", "/v1/models", {}, b"")
+    assert (await bench.router.decide(request)).destinations == (chosen,)
+    bench.index.away = True
+    assert (await bench.decide()).destinations == (chosen,)
+
+
+@pytest.mark.parametrize(
+    ("headers", "caller", "chosen"),
+    [
+        ({"x-kvlane-labels": "gpu=h200"}, None, {"new:1"}),
+        ({"x-kvlane-labels": "gpu!=h200,zone"}, None, {"old:1"}),
+        ({"x-kvlane-labels": "zone=a"}, None, {"new:1", "old:1"}),
+        ({}, Caller("acme", labels=parse_selector("!gpu")), {"old:1"}),
+        ({"x-kvlane-labels": "gpu"}, Caller("acme", labels=parse_selector("!gpu")), {"new:1"}),
+    ],
+)
+async def test_a_request_goes_where_its_labels_say(bench, headers, caller, chosen):
+    await bench.join("new:1", labels={"gpu": "h200", "zone": "a"})
+    await bench.join("old:1", labels={"zone": "a"})
+    request = replace(completion(list(PROMPT)), headers=headers, caller=caller)
+    decision = await bench.router.decide(request)
+    assert set(decision.destinations) == chosen
+    # By load alone as well.
+    bench.index.away = True
+    assert set((await bench.router.decide(request)).destinations) == chosen
+
+
+async def test_labels_that_no_worker_has_or_nobody_can_read_are_said(bench):
+    await bench.join("a:1")
+
+    async def refused(labels: str) -> RequestError:
+        request = replace(completion(list(PROMPT)), headers={"x-kvlane-labels": labels})
+        with pytest.raises(RequestError) as caught:
+            await bench.router.decide(request)
+        return caught.value
+
+    missing = await refused("gpu=h300")
+    assert missing.status == 503
+    assert "1 without the labels gpu=h300" in missing.message
+    wrong = await refused("gpu>h300")
+    assert wrong.status == 400
+    assert wrong.message.startswith("x-kvlane-labels: 'gpu>h300' is no condition on a label: write key=value")
 
 
 async def test_receipts_hold_no_prompt(bench):

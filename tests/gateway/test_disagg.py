@@ -8,9 +8,10 @@ from dataclasses import replace
 
 import httpx
 import pytest
+from prometheus_client import REGISTRY
 
 from connectors.params import parse_params
-from gateway.decision import End
+from gateway.decision import End, Served
 from kvindex.worker import Load, Role
 from tests.support.router_bench import PROMPT, Bench, blocks_of, completion
 from tests.support.waiting import eventually
@@ -79,6 +80,20 @@ async def test_one_receipt_tells_of_both(bench):
         == shown["split"]["ttft_ms"]
         == sum(shown["split"]["terms"][name] for name in ("prefill_ms", "transfer_ms", "decode_ms"))
     )
+
+
+async def test_its_prediction_is_measured_and_no_speed_learned_from_it(bench):
+    decision = await bench.decide(stream=True)
+    before = [bench.rates.speed(worker) for worker, _ in bench.slots.values()]
+    counted = num_errors()
+    bench.router.record(Served(decision.decision_id, 200, "d:1", 5_000.0, 5_000.0, 1, 1))
+    assert num_errors() == counted + 1
+    assert bench.receipt(decision).ttft_error_ms > 0
+    assert [bench.rates.speed(worker) for worker, _ in bench.slots.values()] == before
+
+
+def num_errors() -> float:
+    return REGISTRY.get_sample_value("kvlane_gateway_ttft_error_seconds_count", {"direction": "late"}) or 0
 
 
 async def test_both_workers_are_charged_until_the_end_of_the_request(bench):

@@ -278,6 +278,25 @@ async def test_a_gap_between_batches_loses_the_slot(index):
         index.writer.apply(POOL, slot, "one", Batch(sequence=1, stored=(1,)), Batch(sequence=3, stored=(3,)))
 
 
+async def test_a_worker_drains_through_restarts_until_that_is_taken_back(index):
+    index.open()
+    version, (before,) = await index.reader.workers(POOL)
+    assert not before.is_draining
+    name = before.worker.worker_id
+    assert await index.reader.drain(POOL, name, is_draining=True)
+    newer, (draining,) = await index.reader.workers(POOL)
+    assert draining.is_draining
+    assert newer != version
+    index.open(incarnation="two", takeover=True)
+    _, (restarted,) = await index.reader.workers(POOL)
+    assert restarted.is_draining
+    for _ in range(2):
+        assert await index.reader.drain(POOL, name, is_draining=False)
+        _, (again,) = await index.reader.workers(POOL)
+        assert not again.is_draining
+    assert not await index.reader.drain(POOL, "nobody", is_draining=True)
+
+
 async def test_a_worker_says_what_its_steps_cost_and_its_next_life_begins_anew(index):
     slot = index.open()
     _, (before,) = await index.reader.workers(POOL)

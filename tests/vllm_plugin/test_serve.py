@@ -1,8 +1,10 @@
 import json
+import shlex
 
 import pytest
 from typer.testing import CliRunner
 
+from kvindex.config import publisher_config
 from kvindex.errors import ConfigError
 from vllm_plugin import serve
 from vllm_plugin.serve import app, complete_arguments
@@ -50,6 +52,26 @@ def test_given_values_win_key_by_key():
         "publisher": "zmq",
         **events,
     }
+
+
+def test_labels_are_given_one_by_one():
+    given = ["tiny", "--dry-run", "--endpoint", "1.2.3.4:80", "--label", "gpu=h200", "--label", "note="]
+    shown = shlex.split(RUNNER.invoke(app, given).stdout)
+    extra = parsed(shown, "--kv-transfer-config")["kv_connector_extra_config"]
+    assert extra == {"kvlane.endpoint": "1.2.3.4:80", "kvlane.labels": {"gpu": "h200", "note": ""}}
+    config = publisher_config(extra)
+    assert config.labels == {"gpu": "h200", "note": ""}
+
+
+@pytest.mark.parametrize("wrong", ["gpu", "=h200", "gpu=a=b", "gpu=a,b", "-a=b", "gpu=a b"])
+def test_what_is_no_label_is_refused(wrong: str):
+    error = RUNNER.invoke(app, ["tiny", "--dry-run", "--label", wrong], standalone_mode=False).exception
+    assert isinstance(error, ConfigError)
+    assert str(error).startswith(f"--label {wrong}: write KEY=VALUE")
+    name, _, value = wrong.partition("=")
+    if "=" in wrong:
+        with pytest.raises(ConfigError, match="labels"):
+            publisher_config({"kvlane.labels": {name: value}})
 
 
 @pytest.mark.parametrize(

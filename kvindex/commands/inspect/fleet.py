@@ -140,7 +140,7 @@ def view_workers(found: Sequence[RegisteredWorker], parity: Mapping[str, str]) -
     stores = ("loads from",) if any(each.worker.tiers for each in found) else ()
     return table(
         "workers",
-        ["worker", "model", "engine", "parity", "role", *stores],
+        ["worker", "model", "engine", "parity", "role", "labels", *stores],
         ["slot", "blocks indexed", "KV in use", "running", "waiting", "backlog tokens", "lease"],
         (
             (
@@ -148,7 +148,8 @@ def view_workers(found: Sequence[RegisteredWorker], parity: Mapping[str, str]) -
                 each.worker.model,
                 f"{each.worker.engine} ({each.worker.publisher})".lstrip(),
                 parity.get(each.worker.incarnation, UNKNOWN),
-                each.role,
+                f"{each.role}, draining" if each.is_draining else each.role,
+                ", ".join(f"{name}={value}" for name, value in sorted(each.worker.labels.items())),
                 *(", ".join(each.worker.tiers.stores) if each.worker.tiers else "-" for _ in stores),
                 str(each.slot),
                 f"{each.num_indexed_blocks:,} of {each.worker.num_blocks:,}",

@@ -1,6 +1,7 @@
 import pytest
 
 from gateway.decision import Caller
+from gateway.labels import parse_selector
 from gateway.tenants.keys import hash_key, new_key
 from gateway.tenants.roster import load_roster
 from kvindex.errors import ConfigError
@@ -19,6 +20,8 @@ tenants:
       - sha256: {BATCH_HASH}
         ttft_target_ms: 5000
         priority: 10
+        labels: "!gpu"
+    labels: gpu=h200,zone!=a
     requests_per_s: 20
   - name: beta
     keys: [{{sha256: {"a" * 64}}}]
@@ -34,8 +37,12 @@ def file(tmp_path):
 
 def test_a_key_is_known_by_its_hash_and_has_its_own_level_before_its_tenants(file):
     roster = load_roster(file)
-    assert roster.caller(KEY) == Caller("acme", weight=2, priority=0, ttft_target_ms=800)
-    assert roster.caller(BATCH_KEY) == Caller("acme", weight=2, priority=10, ttft_target_ms=5000)
+    assert roster.caller(KEY) == Caller(
+        "acme", weight=2, priority=0, ttft_target_ms=800, labels=parse_selector("gpu=h200,zone!=a")
+    )
+    assert roster.caller(BATCH_KEY) == Caller(
+        "acme", weight=2, priority=10, ttft_target_ms=5000, labels=parse_selector("!gpu")
+    )
     assert roster.tenants["acme"].requests_per_s == 20
     assert roster.tenants["beta"].max_concurrent is None
 
@@ -54,6 +61,7 @@ def test_nothing_else_is_a_key(file, key):
         ("tenants: [{name: a, keys: []}]", "keys: "),
         ("tenants: [{name: a/b, keys: [{sha256: KEYHASH}]}]", "name: "),
         ("tenants: [{name: a, keys: [{sha256: abc}]}]", "64 hex digits"),
+        ("tenants: [{name: a, labels: gpu>1, keys: [{sha256: KEYHASH}]}]", "no condition on a label"),
         ("tenants: [{name: a, weight: 0, keys: [{sha256: KEYHASH}]}]", "weight"),
         ("tenants: [{name: a, requests_per_s: 0, keys: [{sha256: KEYHASH}]}]", "requests_per_s"),
         ("tenants: [{name: a, keys: [{sha256: KEYHASH}, {sha256: KEYHASH}]}]", "the same key twice"),

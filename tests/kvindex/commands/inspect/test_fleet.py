@@ -1,10 +1,13 @@
 """`kvlane inspect workers`, `pools` and `block` over a real Redis."""
 
+import asyncio
 import json
 
 import pytest
 
+from kvindex.config import IndexConfig
 from kvindex.errors import ConfigError, IndexUnavailable
+from kvindex.redis_index import RedisIndexReader
 from tests.support.ports import free_ports
 
 
@@ -16,6 +19,17 @@ def test_workers(inspect, redis_url, worker):
     assert found["worker"]["incarnation"] == worker.incarnation
     assert found["load"]["running_requests"] == 5
     assert found["num_indexed_blocks"] == 2
+
+
+def test_labels_and_draining_are_shown(inspect, redis_url, publisher):
+    worker = publisher.open(labels={"zone": "a", "gpu": "h200"})
+    index = RedisIndexReader(IndexConfig(redis_url=redis_url))
+    asyncio.run(index.drain(worker.pool, worker.worker_id, is_draining=True))
+    shown = inspect("workers", "--redis-url", redis_url, COLUMNS="250").stdout
+    assert "both, draining" in shown
+    assert "gpu=h200, zone=a" in shown
+    (found,) = json.loads(inspect("workers", "--json", KVLANE_REDIS_URL=redis_url).stdout)
+    assert found["is_draining"] is True
 
 
 def test_pools(inspect, redis_url, worker):
