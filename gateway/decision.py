@@ -113,11 +113,15 @@ class Endpoints(Protocol):
 
     @property
     def version(self) -> int:
-        """Grows whenever `addresses` changes; 0 until the workers are first known."""
+        """Grows whenever `addresses` or `draining` changes; 0 until the workers are first known."""
 
     @property
     def addresses(self) -> tuple[str, ...]:
         """`ip:port` of every live worker, sorted, without duplicates."""
+
+    @property
+    def draining(self) -> frozenset[str]:
+        """Those of `addresses` that are to get no more requests."""
 
     async def changed(self, seen: int) -> None:
         """Return as soon as `version` differs from `seen`."""

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import asyncio
 import ipaddress
-from collections.abc import Iterable
+from collections.abc import Iterable, Set
 
 import grpc
 import structlog
@@ -89,7 +89,10 @@ class EdsService:
 
     def _response(self, clusters: Iterable[str]) -> wire.DiscoveryResponse:
         version = str(self._endpoints.version)
-        assignments = [load_assignment(cluster, self._endpoints.addresses) for cluster in clusters]
+        assignments = [
+            load_assignment(cluster, self._endpoints.addresses, self._endpoints.draining)
+            for cluster in clusters
+        ]
         return wire.DiscoveryResponse(
             version_info=version,
             nonce=version,
@@ -98,10 +101,13 @@ class EdsService:
         )
 
 
-def load_assignment(cluster: str, addresses: Iterable[str]) -> wire.ClusterLoadAssignment:
+def load_assignment(
+    cluster: str, addresses: Iterable[str], draining: Set[str] = frozenset()
+) -> wire.ClusterLoadAssignment:
     """Return the addresses as the endpoints of `cluster`, all in one locality.
 
-    What is not `ip:port` is left out: Envoy would refuse the whole list for it.
+    Envoy sends nothing new to one that drains, and does not cut off what is under way there. What is not
+    `ip:port` is left out: Envoy would refuse the whole list for it.
     """
     endpoints = []
     for address in addresses:
@@ -112,7 +118,9 @@ def load_assignment(cluster: str, addresses: Iterable[str]) -> wire.ClusterLoadA
             log.error("worker left out: Envoy needs ip:port", address=address)
             continue
         socket = core.SocketAddress(address=host, port_value=port)
-        endpoints.append(wire.LbEndpoint(endpoint=wire.Endpoint(address=core.Address(socket_address=socket))))
+        endpoint = wire.Endpoint(address=core.Address(socket_address=socket))
+        status = wire.HealthStatus.DRAINING if address in draining else wire.HealthStatus.UNKNOWN
+        endpoints.append(wire.LbEndpoint(endpoint=endpoint, health_status=status))
     return wire.ClusterLoadAssignment(
         cluster_name=cluster, endpoints=[wire.LocalityLbEndpoints(lb_endpoints=endpoints)]
     )

@@ -210,6 +210,12 @@ class Fleet:
         """See `Endpoints`. What refuses us may still answer Envoy, so it stays in."""
         return self._snapshot.endpoints()
 
+    @property
+    def draining(self) -> frozenset[str]:
+        """See `Endpoints`. Of several ranks at an address all must drain."""
+        getting = {each.worker.endpoint for each in self._snapshot.workers() if not each.is_draining}
+        return frozenset(self._snapshot.endpoints()) - getting
+
     async def changed(self, seen: int) -> None:
         """See `Endpoints`."""
         while self._version == seen:
@@ -308,7 +314,7 @@ class Fleet:
         if self._failure is not None and self._version > 0:
             self._recovered_at = time.monotonic()
         self._note(None)
-        former = self.addresses
+        former = self.addresses, self.draining
         pools = {view.pool: view for view in views}
         if self.is_recovering:
             pools = _with_missing(pools, self._snapshot.pools)
@@ -318,7 +324,7 @@ class Fleet:
         self._count_workers()
         if not set(self.addresses) <= self._snapshot.cards.keys():
             self._probe_now.set()
-        if self.addresses != former or self._version == 0:
+        if (self.addresses, self.draining) != former or self._version == 0:
             self._version += 1
             self._wake()
 

@@ -26,13 +26,15 @@ from gateway.protos import core_pb2 as gateway_dot_protos_dot_core__pb2
 from google.protobuf import any_pb2 as google_dot_protobuf_dot_any__pb2
 
 
-DESCRIPTOR = _descriptor_pool.Default().AddSerializedFile(b'\n\x1egateway/protos/discovery.proto\x12\x0ckvlane.envoy\x1a\x19gateway/protos/core.proto\x1a\x19google/protobuf/any.proto\"\x96\x01\n\x10\x44iscoveryRequest\x12\x14\n\x0cversion_info\x18\x01 \x01(\t\x12\x16\n\x0eresource_names\x18\x03 \x03(\t\x12\x10\n\x08type_url\x18\x04 \x01(\t\x12\x16\n\x0eresponse_nonce\x18\x05 \x01(\t\x12*\n\x0c\x65rror_detail\x18\x06 \x01(\x0b\x32\x14.kvlane.envoy.Status\"s\n\x11\x44iscoveryResponse\x12\x14\n\x0cversion_info\x18\x01 \x01(\t\x12\'\n\tresources\x18\x02 \x03(\x0b\x32\x14.google.protobuf.Any\x12\x10\n\x08type_url\x18\x04 \x01(\t\x12\r\n\x05nonce\x18\x05 \x01(\t\"\'\n\x06Status\x12\x0c\n\x04\x63ode\x18\x01 \x01(\x05\x12\x0f\n\x07message\x18\x02 \x01(\t\"c\n\x15\x43lusterLoadAssignment\x12\x14\n\x0c\x63luster_name\x18\x01 \x01(\t\x12\x34\n\tendpoints\x18\x02 \x03(\x0b\x32!.kvlane.envoy.LocalityLbEndpoints\"E\n\x13LocalityLbEndpoints\x12.\n\x0clb_endpoints\x18\x02 \x03(\x0b\x32\x18.kvlane.envoy.LbEndpoint\"6\n\nLbEndpoint\x12(\n\x08\x65ndpoint\x18\x01 \x01(\x0b\x32\x16.kvlane.envoy.Endpoint\"2\n\x08\x45ndpoint\x12&\n\x07\x61\x64\x64ress\x18\x01 \x01(\x0b\x32\x15.kvlane.envoy.Addressb\x06proto3')
+DESCRIPTOR = _descriptor_pool.Default().AddSerializedFile(b'\n\x1egateway/protos/discovery.proto\x12\x0ckvlane.envoy\x1a\x19gateway/protos/core.proto\x1a\x19google/protobuf/any.proto\"\x96\x01\n\x10\x44iscoveryRequest\x12\x14\n\x0cversion_info\x18\x01 \x01(\t\x12\x16\n\x0eresource_names\x18\x03 \x03(\t\x12\x10\n\x08type_url\x18\x04 \x01(\t\x12\x16\n\x0eresponse_nonce\x18\x05 \x01(\t\x12*\n\x0c\x65rror_detail\x18\x06 \x01(\x0b\x32\x14.kvlane.envoy.Status\"s\n\x11\x44iscoveryResponse\x12\x14\n\x0cversion_info\x18\x01 \x01(\t\x12\'\n\tresources\x18\x02 \x03(\x0b\x32\x14.google.protobuf.Any\x12\x10\n\x08type_url\x18\x04 \x01(\t\x12\r\n\x05nonce\x18\x05 \x01(\t\"\'\n\x06Status\x12\x0c\n\x04\x63ode\x18\x01 \x01(\x05\x12\x0f\n\x07message\x18\x02 \x01(\t\"c\n\x15\x43lusterLoadAssignment\x12\x14\n\x0c\x63luster_name\x18\x01 \x01(\t\x12\x34\n\tendpoints\x18\x02 \x03(\x0b\x32!.kvlane.envoy.LocalityLbEndpoints\"E\n\x13LocalityLbEndpoints\x12.\n\x0clb_endpoints\x18\x02 \x03(\x0b\x32\x18.kvlane.envoy.LbEndpoint\"i\n\nLbEndpoint\x12(\n\x08\x65ndpoint\x18\x01 \x01(\x0b\x32\x16.kvlane.envoy.Endpoint\x12\x31\n\rhealth_status\x18\x02 \x01(\x0e\x32\x1a.kvlane.envoy.HealthStatus\"2\n\x08\x45ndpoint\x12&\n\x07\x61\x64\x64ress\x18\x01 \x01(\x0b\x32\x15.kvlane.envoy.Address*)\n\x0cHealthStatus\x12\x0b\n\x07UNKNOWN\x10\x00\x12\x0c\n\x08\x44RAINING\x10\x03\x62\x06proto3')
 
 _globals = globals()
 _builder.BuildMessageAndEnumDescriptors(DESCRIPTOR, _globals)
 _builder.BuildTopDescriptorsAndMessages(DESCRIPTOR, 'gateway.protos.discovery_pb2', _globals)
 if not _descriptor._USE_C_DESCRIPTORS:
   DESCRIPTOR._loaded_options = None
+  _globals['_HEALTHSTATUS']._serialized_start=744
+  _globals['_HEALTHSTATUS']._serialized_end=785
   _globals['_DISCOVERYREQUEST']._serialized_start=103
   _globals['_DISCOVERYREQUEST']._serialized_end=253
   _globals['_DISCOVERYRESPONSE']._serialized_start=255
@@ -44,7 +46,7 @@ if not _descriptor._USE_C_DESCRIPTORS:
   _globals['_LOCALITYLBENDPOINTS']._serialized_start=514
   _globals['_LOCALITYLBENDPOINTS']._serialized_end=583
   _globals['_LBENDPOINT']._serialized_start=585
-  _globals['_LBENDPOINT']._serialized_end=639
-  _globals['_ENDPOINT']._serialized_start=641
-  _globals['_ENDPOINT']._serialized_end=691
+  _globals['_LBENDPOINT']._serialized_end=690
+  _globals['_ENDPOINT']._serialized_start=692
+  _globals['_ENDPOINT']._serialized_end=742
 # @@protoc_insertion_point(module_scope)

@@ -1,11 +1,19 @@
 from gateway.protos import core_pb2 as _core_pb2
 from google.protobuf import any_pb2 as _any_pb2
 from google.protobuf.internal import containers as _containers
+from google.protobuf.internal import enum_type_wrapper as _enum_type_wrapper
 from google.protobuf import descriptor as _descriptor
 from google.protobuf import message as _message
 from typing import ClassVar as _ClassVar, Iterable as _Iterable, Mapping as _Mapping, Optional as _Optional, Union as _Union
 
 DESCRIPTOR: _descriptor.FileDescriptor
+
+class HealthStatus(int, metaclass=_enum_type_wrapper.EnumTypeWrapper):
+    __slots__ = ()
+    UNKNOWN: _ClassVar[HealthStatus]
+    DRAINING: _ClassVar[HealthStatus]
+UNKNOWN: HealthStatus
+DRAINING: HealthStatus
 
 class DiscoveryRequest(_message.Message):
     __slots__ = ("version_info", "resource_names", "type_url", "response_nonce", "error_detail")
@@ -56,10 +64,12 @@ class LocalityLbEndpoints(_message.Message):
     def __init__(self, lb_endpoints: _Optional[_Iterable[_Union[LbEndpoint, _Mapping]]] = ...) -> None: ...
 
 class LbEndpoint(_message.Message):
-    __slots__ = ("endpoint",)
+    __slots__ = ("endpoint", "health_status")
     ENDPOINT_FIELD_NUMBER: _ClassVar[int]
+    HEALTH_STATUS_FIELD_NUMBER: _ClassVar[int]
     endpoint: Endpoint
-    def __init__(self, endpoint: _Optional[_Union[Endpoint, _Mapping]] = ...) -> None: ...
+    health_status: HealthStatus
+    def __init__(self, endpoint: _Optional[_Union[Endpoint, _Mapping]] = ..., health_status: _Optional[_Union[HealthStatus, str]] = ...) -> None: ...
 
 class Endpoint(_message.Message):
     __slots__ = ("address",)

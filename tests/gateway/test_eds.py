@@ -148,6 +148,35 @@ async def test_envoy_follows_the_fleet(tmp_path):
 
 
 @pytest.mark.envoy
+async def test_envoy_sends_nothing_new_to_a_worker_that_drains(tmp_path):
+    begun, released = asyncio.Event(), asyncio.Event()
+
+    async def slow(_):
+        begun.set()
+        await released.wait()
+        return PlainTextResponse("slow")
+
+    async def quick(_):
+        return PlainTextResponse("quick")
+
+    endpoints = KnownEndpoints()
+    async with serve(slow) as first, serve(quick) as second:
+        running = Stack(tmp_path, ScriptedRouter((first,)), endpoints)
+        async with running.run(), httpx.AsyncClient(timeout=60) as client:
+            await endpoints.set(first, second)
+            await running.until_hosts(first, second)
+            under_way = asyncio.create_task(client.post(running.url))
+            await begun.wait()
+            await endpoints.set(first, second, draining=frozenset({first}))
+            await eventually(lambda: running.is_known_to_drain(first))
+            # Envoy's own choice, since the gateway is gone.
+            await running.stop_gateway()
+            assert {(await client.post(running.url)).text for _ in range(10)} == {"quick"}
+            released.set()
+            assert (await under_way).text == "slow"
+
+
+@pytest.mark.envoy
 async def test_gateway_that_comes_late_is_found_soon(tmp_path):
     running = Stack(tmp_path, ScriptedRouter(), KnownEndpoints("127.0.0.1:1"))
     with run_envoy(to_yaml(bootstrap(running.options)), tmp_path):

@@ -119,6 +119,22 @@ async def test_addresses_follow_joins_and_leaves_and_wake_who_waits(following, m
     assert fleet.addresses == (endpoints[0],)
 
 
+async def test_an_address_drains_once_all_its_ranks_do_and_that_wakes_who_waits(following, memory):
+    endpoint = refused_endpoint()
+    for rank in range(2):
+        join(memory, endpoint, dp_rank=rank, dp_size=2, incarnation=f"rank{rank}")
+    fleet = await following()
+    (view,) = fleet.snapshot.pools.values()
+    reader = MemoryIndexReader(memory)
+    for number, expected in enumerate([frozenset(), frozenset({endpoint})]):
+        seen = fleet.version
+        await reader.drain(view.pool, f"{endpoint}/dp{number}", is_draining=True)
+        if expected:
+            await asyncio.wait_for(fleet.changed(seen), DEADLINE_S)
+        await fleet.poll()
+        assert (fleet.draining, fleet.addresses) == (expected, (endpoint,))
+
+
 async def test_ranks_of_one_engine_are_one_address(following, memory):
     endpoint = refused_endpoint()
     for rank in range(2):

@@ -76,14 +76,15 @@ class KnownEndpoints:
     def __init__(self, *addresses: str) -> None:
         self.version = 0
         self.addresses: tuple[str, ...] = ()
+        self.draining: frozenset[str] = frozenset()
         self._condition = asyncio.Condition()
         if addresses:
             self.version, self.addresses = 1, addresses
 
-    async def set(self, *addresses: str) -> None:
+    async def set(self, *addresses: str, draining: frozenset[str] = frozenset()) -> None:
         async with self._condition:
             self.version += 1
-            self.addresses = addresses
+            self.addresses, self.draining = addresses, draining
             self._condition.notify_all()
 
     async def changed(self, seen: int) -> None:
@@ -169,11 +170,23 @@ class Stack:
 
     async def known_hosts(self) -> set[str]:
         """Return the workers that Envoy knows."""
+        return set(await self._health())
+
+    async def is_known_to_drain(self, address: str) -> bool:
+        """Return whether Envoy sends nothing new to the worker."""
+        return (await self._health())[address] == "DRAINING"
+
+    async def _health(self) -> dict[str, str]:
+        """Return what Envoy was told of each worker's health."""
         async with httpx.AsyncClient() as client:
             status = (await client.get(f"{self.admin_url}/clusters?format=json")).json()
         workers = next(each for each in status["cluster_statuses"] if each["name"] == "kvlane_workers")
-        addresses = [host["address"]["socket_address"] for host in workers.get("host_statuses", [])]
-        return {f"{each['address']}:{each['port_value']}" for each in addresses}
+        found = {}
+        for host in workers.get("host_statuses", []):
+            socket = host["address"]["socket_address"]
+            health = host["health_status"].get("eds_health_status", "")
+            found[f"{socket['address']}:{socket['port_value']}"] = health
+        return found
 
     async def until_hosts(self, *addresses: str) -> None:
         async def known() -> bool:
