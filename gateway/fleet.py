@@ -407,3 +407,5 @@ class Fleet:
                 with contextlib.suppress(IndexUnavailable):
                     if await self._index.sweep(pool, max_buckets=SWEEP_BUCKETS):
                         pause_s = SWEEP_PAUSE_S
+                    num_expired = await self._index.expired_reservations(pool)
+                    metrics.EXPIRED_RESERVATIONS.labels(pool.model, pool.block_size).set(num_expired)

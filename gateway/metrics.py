@@ -25,6 +25,12 @@ REPLANS = Counter("kvlane_gateway_replans", "Plans made again because the chosen
 SETTLE_FAILURES = Counter(
     "kvlane_gateway_settle_failures", "Reservations left to expire because the index was away."
 )
+EXPIRED_RESERVATIONS = Gauge(
+    "kvlane_gateway_expired_reservations",
+    "Reservations that nobody settled in time, by all gateways since the pool began: their gateway died, or "
+    "has a defect.",
+    ["model", "block_size"],
+)
 IN_FLIGHT = Gauge("kvlane_gateway_requests_in_flight", "Requests decided and not yet finished.")
 STEP_SECONDS = Histogram(
     "kvlane_gateway_step_seconds",

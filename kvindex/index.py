@@ -191,6 +191,12 @@ class IndexReader(Protocol):
     async def settle(self, pool: Pool, decision_id: str) -> bool:
         """Take back what `reserve` charged. False if it was settled or had expired already."""
 
+    async def expired_reservations(self, pool: Pool) -> int:
+        """Return how many reservations nobody settled in time, since the pool began, as of the last write.
+
+        Each is a request whose gateway died, or a defect: whoever reserves settles, too.
+        """
+
     async def holders(self, pool: Pool, block: BlockHash) -> list[int]:
         """Return the live slots that hold `block`."""
 

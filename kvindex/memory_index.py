@@ -92,6 +92,13 @@ class _Pool:
     events: deque[PoolEvent] = field(default_factory=lambda: deque(maxlen=LOG_EVENTS))
     removals: deque[Removal] = field(default_factory=lambda: deque(maxlen=LOG_REMOVALS))
     num_events: int = 0
+    num_expired: int = 0
+
+    def purge(self, now_ms: float) -> None:
+        expired = [decision_id for decision_id, each in self.charges.items() if each.expires_ms <= now_ms]
+        for decision_id in expired:
+            del self.charges[decision_id]
+        self.num_expired += len(expired)
 
     def keep_pending(self, decision_id: str, pending: _Pending, now_ms: float) -> None:
         if len(self.pending) >= MOST_PENDING:
@@ -275,6 +282,7 @@ class MemoryIndexWriter:
             for decision_id, charge in list(charges.items()):
                 if charge.slot is target and charge.created_ms <= now_ms - settle_older_than_ms:
                     del charges[decision_id]
+        self._index.pool(pool).purge(now_ms)
         return target.state
 
     def report_costs(self, pool: Pool, slot: int, incarnation: str, costs: StepCosts) -> None:
@@ -381,6 +389,7 @@ class MemoryIndexReader:
         """See `IndexReader`."""
         state_of = self._index.pool(pool)
         charges, now_ms = state_of.charges, self._index.now_ms()
+        state_of.purge(now_ms)
         charges.pop(decision_id, None)
         state_of.pending.pop(decision_id, None)
         states = self._index.states(pool)
@@ -395,9 +404,14 @@ class MemoryIndexReader:
 
     async def settle(self, pool: Pool, decision_id: str) -> bool:
         """See `IndexReader`."""
-        self._index.pool(pool).pending.pop(decision_id, None)
-        charge = self._index.pool(pool).charges.pop(decision_id, None)
-        return charge is not None and charge.expires_ms > self._index.now_ms()
+        state = self._index.pool(pool)
+        state.purge(self._index.now_ms())
+        state.pending.pop(decision_id, None)
+        return state.charges.pop(decision_id, None) is not None
+
+    async def expired_reservations(self, pool: Pool) -> int:
+        """See `IndexReader`."""
+        return self._index.pool(pool).num_expired
 
     async def holders(self, pool: Pool, block: BlockHash) -> list[int]:
         """See `IndexReader`."""
@@ -446,7 +460,7 @@ class MemoryIndexReader:
         """See `IndexReader`. A slot stands for a bucket here."""
         state = self._index.pool(pool)
         now_ms = self._index.now_ms()
-        state.charges = {key: c for key, c in state.charges.items() if c.expires_ms > now_ms}
+        state.purge(now_ms)
         for slot in list(state.slots.values()):
             if slot.expires_ms + (ABANDONED_AFTER_LEASES - 1) * slot.lease_ms <= now_ms:
                 silence = f"silent for {ABANDONED_AFTER_LEASES} leases"

@@ -343,6 +343,10 @@ class RedisIndexReader:
         """See `IndexReader`."""
         return bool(await self._run("settle", pool, decision_id))
 
+    async def expired_reservations(self, pool: Pool) -> int:
+        """See `IndexReader`."""
+        return int(await self._redis.call("HGET", directory(pool), "expired") or 0)
+
     async def holders(self, pool: Pool, block: BlockHash) -> list[int]:
         """See `IndexReader`."""
         return sorted((await self.match(pool, [block])).overlap_blocks)

@@ -7,7 +7,8 @@
 -- Buckets grow by linear hashing: with n buckets and p the largest power of two in n, a block is in
 -- bucket hash % 2p, or p below where that bucket does not exist yet.
 --
--- Fields of DIRECTORY: buckets, entries; members, dead, sweeping (sets of slots), cursor; version.
+-- Fields of DIRECTORY: buckets, entries; members, dead, sweeping (sets of slots), cursor; version; expired
+-- (reservations that nobody settled in time).
 
 local band, bor, bnot, bxor, lshift = bit.band, bit.bor, bit.bnot, bit.bxor, bit.lshift
 local floor = math.floor
@@ -221,7 +222,9 @@ end
 
 local function purge(now)
   for _, id in ipairs(redis.call('ZRANGEBYSCORE', EXPIRY, '-inf', now, 'LIMIT', 0, PURGED_PER_CALL)) do
-    settle(id)
+    if settle(id) then
+      redis.call('HINCRBY', DIRECTORY, 'expired', 1)
+    end
     redis.call('HDEL', PENDING, id)
   end
 end

@@ -5,6 +5,7 @@ import contextlib
 import json
 
 import pytest
+from prometheus_client import REGISTRY
 
 from gateway.config import GatewayConfig
 from gateway.errors import RequestError
@@ -133,6 +134,16 @@ async def test_an_address_drains_once_all_its_ranks_do_and_that_wakes_who_waits(
             await asyncio.wait_for(fleet.changed(seen), DEADLINE_S)
         await fleet.poll()
         assert (fleet.draining, fleet.addresses) == (expected, (endpoint,))
+
+
+async def test_reservations_that_nobody_settled_are_a_metric(following, memory, monkeypatch):
+    monkeypatch.setattr("gateway.fleet.SWEEP_INTERVAL_S", 0.01)
+    worker, slot = join(memory, refused_endpoint(), model="leaky")
+    await following()
+    reader = MemoryIndexReader(memory)
+    await reader.reserve(worker.pool, "d", slot, prefill_tokens=1, seen_backlog_tokens=None, ttl_ms=1)
+    labels = {"model": "leaky", "block_size": str(worker.block_size)}
+    await until(lambda: REGISTRY.get_sample_value("kvlane_gateway_expired_reservations", labels) == 1)
 
 
 async def test_ranks_of_one_engine_are_one_address(following, memory):

@@ -751,6 +751,24 @@ async def test_an_expired_reservation_stops_counting_by_itself(index):
     assert await index.charged(slot) == (8, 2)
 
 
+async def test_reservations_that_nobody_settles_are_counted_for_good(index):
+    slot = index.open()
+    assert await index.reader.expired_reservations(POOL) == 0
+    for name in ("settled", "named", "first", "second"):
+        await index.reserve(name, slot, ttl_ms=150)
+    assert await index.reader.settle(POOL, "settled")
+    index.writer.heartbeat(POOL, slot, "one", BUSY, lease_ms=LONG_MS, accepted=["named"])
+    await index.elapse(150)
+    await index.sweep_all()
+    assert await index.reader.expired_reservations(POOL) == 2
+    await index.reserve("third", slot, ttl_ms=150)
+    await index.elapse(150)
+    await index.reserve("fourth", slot)
+    for name in ("first", "third"):
+        assert not await index.reader.settle(POOL, name)
+    assert await index.reader.expired_reservations(POOL) == 3
+
+
 async def test_the_engine_settles_what_it_names_exactly_once(index):
     slot, other = index.open(0), index.open(1)
     for decision_id, target in (("a", slot), ("b", slot), ("c", other)):

@@ -40,6 +40,8 @@ class PoolView(msgspec.Struct, frozen=True):
     num_blocks: int
     """KV cache blocks of all live workers."""
     num_indexed_blocks: int
+    num_expired_reservations: int
+    """That nobody settled in time, since the pool began."""
 
 
 class HolderView(msgspec.Struct, frozen=True):
@@ -98,6 +100,7 @@ async def _read_pools(redis_url: str) -> list[PoolView]:
     """Return every pool that still has entries or live workers."""
     async with index_reader(redis_url) as reader:
         fleet = await live_fleet(reader)
+        num_expired = {pool: await reader.expired_reservations(pool) for pool, _ in fleet}
     return [
         PoolView(
             pool_id=pool.pool_id,
@@ -107,6 +110,7 @@ async def _read_pools(redis_url: str) -> list[PoolView]:
             num_workers=len(workers),
             num_blocks=sum(each.worker.num_blocks for each in workers),
             num_indexed_blocks=sum(each.num_indexed_blocks for each in workers),
+            num_expired_reservations=num_expired[pool],
         )
         for pool, workers in fleet
     ]
@@ -170,7 +174,7 @@ def _view_pools(found: Sequence[PoolView], parity: Mapping[str, str]) -> Rendera
     return table(
         "pools",
         ["pool", "model", "hash scheme", "parity"],
-        ["block size", "workers", "blocks indexed"],
+        ["block size", "workers", "blocks indexed", "reservations expired"],
         (
             (
                 each.pool_id,
@@ -180,6 +184,7 @@ def _view_pools(found: Sequence[PoolView], parity: Mapping[str, str]) -> Rendera
                 str(each.block_size),
                 str(each.num_workers),
                 f"{each.num_indexed_blocks:,} of {each.num_blocks:,}",
+                f"{each.num_expired_reservations:,}",
             )
             for each in found
         ),

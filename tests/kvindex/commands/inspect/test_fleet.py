@@ -43,6 +43,7 @@ def test_pools(inspect, redis_url, worker):
         "num_workers": 1,
         "num_blocks": 4000,
         "num_indexed_blocks": 2,
+        "num_expired_reservations": 0,
         "parity": None,
     }
 
