@@ -163,6 +163,9 @@ class GatewayConfig(IndexConfig):
         description="Send OpenTelemetry traces; OTEL_EXPORTER_OTLP_ENDPOINT and its like say where.",
     )
     receipts: int = Field(2_000, ge=1, description="Decisions that can be looked up afterwards.")
+    receipt_bytes: int = Field(
+        128 << 20, ge=0, description="Memory that they may take, about; the oldest go first."
+    )
     receipt_sample: float = Field(
         1.0,
         ge=0,

@@ -264,6 +264,7 @@ class KvRouter:
         receipt.prompt_tokens = demand.num_tokens
         if read:
             receipt.inexact, receipt.streamed = read.inexact, read.stream
+            receipt.max_output_tokens = read.max_output_tokens
         if self._fleet.failure is not None:
             receipt.fallback = receipt.fallback or "index_unavailable"
             return _Planned()

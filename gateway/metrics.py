@@ -25,6 +25,7 @@ REPLANS = Counter("kvlane_gateway_replans", "Plans made again because the chosen
 SETTLE_FAILURES = Counter(
     "kvlane_gateway_settle_failures", "Reservations left to expire because the index was away."
 )
+RECEIPT_BYTES = Gauge("kvlane_gateway_receipts_bytes", "Memory that receipts take, about.")
 EXPIRED_RESERVATIONS = Gauge(
     "kvlane_gateway_expired_reservations",
     "Reservations that nobody settled in time, by all gateways since the pool began: their gateway died, or "

@@ -1,6 +1,7 @@
 """What became of every decision: who was considered, each term, what was chosen, what was measured.
 
-Kept in memory, bounded by count. Prompt text and token ids are never in a receipt, hashes of blocks are.
+Kept in memory, bounded by count and size. Prompt text and token ids are never in a receipt, hashes of blocks
+are.
 """
 
 from __future__ import annotations
@@ -13,11 +14,16 @@ from typing import Any
 
 import msgspec
 
+from gateway import metrics
 from gateway.chains import Chain
 from gateway.decision import End, Served
 from gateway.plan import Choice
 from gateway.service import Verdict
 from gateway.split import Split
+
+RECEIPT_BYTES = 2_048
+CANDIDATE_BYTES = 1_024
+"""What a receipt takes beside its hashes, and each worker in it, measured and rounded up."""
 
 _VIEWED_APART = frozenset({"choices", "chains", "split"})
 
@@ -40,6 +46,7 @@ class Receipt(msgspec.Struct, kw_only=True):
     """Why the tokens may differ from the engine's."""
     streamed: bool = False
     prompt_tokens: int = 0
+    max_output_tokens: int | None = None
     chains: tuple[Chain, ...] = ()
     """The prompt that was looked up, in each pool."""
     choices: tuple[Choice, ...] = ()
@@ -59,6 +66,14 @@ class Receipt(msgspec.Struct, kw_only=True):
     """Duration of each step of the decision."""
     end: End | None = None
     served: Served | None = None
+
+    @property
+    def num_bytes(self) -> int:
+        """Memory that it takes, about."""
+        num_hash_bytes = sum(len(chain.hashes) + len(chain.contents) for chain in self.chains)
+        num_workers = len(self.choices) + len(self.excluded)
+        num_text_bytes = len(self.request_id) + len(self.path)
+        return RECEIPT_BYTES + num_text_bytes + num_hash_bytes + CANDIDATE_BYTES * num_workers
 
     @property
     def choice(self) -> Choice | None:
@@ -134,11 +149,14 @@ class Receipts:
 
     Args:
         capacity: receipts kept; the oldest go first.
+        max_bytes: memory that they may take, about; one is kept in any case.
         sample: share of decisions that stay once they were measured. Those that load decided stay anyway.
     """
 
-    def __init__(self, capacity: int, *, sample: float = 1.0) -> None:
+    def __init__(self, capacity: int, *, max_bytes: int = 256 << 20, sample: float = 1.0) -> None:
         self._capacity = capacity
+        self._max_bytes = max_bytes
+        self._num_bytes = 0
         self._sample = sample
         self._by_decision: OrderedDict[str, Receipt] = OrderedDict()
         self._by_request: dict[str, str] = {}
@@ -147,8 +165,12 @@ class Receipts:
         """Keep `receipt`; of several under one request id, the latest is found by it."""
         self._by_decision[receipt.decision_id] = receipt
         self._by_request[receipt.request_id] = receipt.decision_id
-        while len(self._by_decision) > self._capacity:
+        self._num_bytes += receipt.num_bytes
+        while len(self._by_decision) > self._capacity or (
+            self._num_bytes > self._max_bytes and len(self._by_decision) > 1
+        ):
             self._forget(next(iter(self._by_decision.values())))
+        metrics.RECEIPT_BYTES.set(self._num_bytes)
 
     def measured(self, receipt: Receipt) -> None:
         """Note that nothing more will be asked of `receipt` by ourselves: it stays if it is of the sample."""
@@ -163,6 +185,7 @@ class Receipts:
 
     def _forget(self, receipt: Receipt) -> None:
         del self._by_decision[receipt.decision_id]
+        self._num_bytes -= receipt.num_bytes
         if self._by_request.get(receipt.request_id) == receipt.decision_id:
             del self._by_request[receipt.request_id]
 

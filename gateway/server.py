@@ -56,7 +56,7 @@ async def run(config: GatewayConfig) -> None:
         exits.callback(reader.close)
         rates, receipts = (
             Rates(config.default_profile, config.profiles),
-            Receipts(config.receipts, sample=config.receipt_sample),
+            Receipts(config.receipts, max_bytes=config.receipt_bytes, sample=config.receipt_sample),
         )
         router = KvRouter(config, index, fleet, reader, rates=rates, receipts=receipts, client=client)
         exits.push_async_callback(router.stop)

@@ -2,14 +2,17 @@
 
 from __future__ import annotations
 
+import asyncio
 import base64
 import time
 from collections import defaultdict
+from collections.abc import AsyncIterator, Sequence
 from typing import Annotated, Any
 
 import msgspec
 from fastapi import FastAPI, Query, Request, Response
 from prometheus_client import CONTENT_TYPE_LATEST, generate_latest
+from starlette.responses import StreamingResponse
 
 from gateway.admin.history import Historian
 from gateway.admin.predictions import view_rates
@@ -21,6 +24,7 @@ from gateway.plan import Choice
 from gateway.rates import Rates
 from gateway.readiness import Readiness
 from gateway.receipts import Receipt, Receipts
+from gateway.recording import recorded
 from gateway.tenants.salts import cache_salt
 from kvindex.errors import IndexUnavailable
 from kvindex.index import IndexReader
@@ -112,6 +116,11 @@ def create_app(
             return _json(receipt.view())
         return _unknown(key)
 
+    @app.get("/recording")
+    async def recording() -> Response:
+        """Return the receipts as a trace, a JSON object a line, oldest first: hashes and counts."""
+        return StreamingResponse(_lines(list(receipts.latest())[::-1]), media_type="application/x-ndjson")
+
     @app.get("/why/{key:path}")
     async def why(key: str, worker: str | None = None) -> Response:
         """Return why the decision's worker, the best holder and `worker` did not hold more of the prompt."""
@@ -159,6 +168,13 @@ def create_app(
         )
 
     return app
+
+
+async def _lines(receipts: Sequence[Receipt]) -> AsyncIterator[bytes]:
+    for receipt in receipts:
+        if (line := recorded(receipt)) is not None:
+            yield msgspec.json.encode(line) + b"\n"
+            await asyncio.sleep(0)  # requests do not wait for all of them
 
 
 def _asked_prompt(content: bytes, salt_secret: bytes | None) -> tuple[str, bytes]:

@@ -29,7 +29,7 @@ app = typer.Typer(add_completion=False, help="Simulate a fleet under recorded tr
 def replay(
     trace_file: Annotated[
         Path,
-        typer.Argument(metavar="TRACE", help="Mooncake JSON lines or Azure CSV."),
+        typer.Argument(metavar="TRACE", help="Mooncake JSON lines, Azure CSV, or our own receipts."),
     ],
     *,
     policy: Annotated[

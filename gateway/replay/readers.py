@@ -1,4 +1,4 @@
-"""Trace files: Mooncake's JSON lines, Azure's CSV."""
+"""Trace files: Mooncake's JSON lines, Azure's CSV, our own receipts."""
 
 from __future__ import annotations
 
@@ -10,6 +10,7 @@ from pathlib import Path
 import msgspec
 
 from gateway.errors import TraceError
+from gateway.replay.recordings import read_recordings
 from gateway.replay.trace import Trace, TraceRequest, make_trace
 
 MOONCAKE_BLOCK_TOKENS = 512
@@ -39,14 +40,16 @@ def read_trace(file: Path) -> Trace:
         raise TraceError(f"{file} cannot be read: {error}") from error
     if not lines:
         raise TraceError(f"{file} is empty")
-    if lines[0].startswith("{"):
+    if lines[0].startswith("{") and '"hashes"' in lines[0]:
+        trace = make_trace(file.stem, *read_recordings(file, lines))
+    elif lines[0].startswith("{"):
         trace = make_trace(file.stem, MOONCAKE_BLOCK_TOKENS, _mooncake(file, lines))
     elif next(csv.reader(lines)) == AZURE_HEADER:
         trace = make_trace(file.stem, AZURE_BLOCK_TOKENS, _azure(file, lines))
     else:
         raise TraceError(
             f"{file} is neither Mooncake's JSON lines (timestamp, input_length, output_length, hash_ids) "
-            f"nor Azure's CSV ({','.join(AZURE_HEADER)})"
+            f"nor Azure's CSV ({','.join(AZURE_HEADER)}) nor what `kvlane inspect receipts --jsonl` writes"
         )
     return trace
 

@@ -3,6 +3,7 @@ from __future__ import annotations
 import base64
 
 import httpx
+import msgspec
 import pytest
 
 from gateway.admin.app import create_app
@@ -17,6 +18,7 @@ from gateway.profile import Profile
 from gateway.rates import Rates
 from gateway.readiness import Readiness
 from gateway.receipts import Receipts
+from gateway.recording import Recorded
 from gateway.tokens.request import Api, Prompt, ReadRequest
 from kvindex.blocks import hash_blocks, pack_hashes, root_hash, unpack_hashes
 from kvindex.errors import IndexUnavailable
@@ -218,6 +220,18 @@ async def test_decisions_are_found_by_both_ids(admin, gateway):
     latest = await decide(gateway)
     listed = (await admin.get("/decisions", params={"limit": 1})).json()
     assert [each["decision_id"] for each in listed] == [latest.decision_id]
+
+
+async def test_receipts_are_recorded_as_a_trace_oldest_first(admin, gateway):
+    await gateway.fleet.poll()
+    for _ in range(3):
+        await decide(gateway)
+    answer = await admin.get("/recording")
+    lines = [msgspec.json.decode(line, type=Recorded) for line in answer.text.splitlines()]
+    assert len(lines) == 3
+    assert [each.at_s for each in lines] == sorted(each.at_s for each in lines)
+    known = {(each.prompt_tokens, each.num_blocks, each.worker) for each in lines}
+    assert known == {(len(PROMPT), len(PROMPT) // 16, "a:1")}
 
 
 async def test_an_unknown_decision_is_404(admin):

@@ -1,11 +1,15 @@
 from __future__ import annotations
 
+import tracemalloc
+
 import msgspec
 
+from gateway.chains import Chain, make_chain
 from gateway.decision import End, Served
 from gateway.plan import CROWDING, Candidate, Demand, plan
 from gateway.profile import Profile
 from gateway.receipts import Receipt, Receipts
+from kvindex.blocks import BlockHash
 from kvindex.worker import Load, WorkerState
 from tests.support.workers import make_worker
 
@@ -54,6 +58,58 @@ def test_a_sample_stays_after_it_was_measured_and_so_does_what_load_decided():
     assert len(kept) == 206
     assert kept[0].fallback == "index_deadline"
     assert len(receipts._by_request) == 206
+
+
+def test_the_oldest_go_where_they_take_too_much_memory():
+    long = receipt("long", chains=(chain_of(10_000),))
+    assert long.num_bytes > 2 * 10_000 * 8
+    receipts = Receipts(1_000, max_bytes=3 * long.num_bytes)
+    for number in range(9):
+        receipts.add(receipt(f"d{number}", chains=(chain_of(10_000),)))
+    assert [each.decision_id for each in receipts.latest()] == ["d8", "d7", "d6"]
+    # One that is larger than all may be is kept, alone.
+    receipts.add(receipt("huge", chains=(chain_of(100_000),)))
+    assert [each.decision_id for each in receipts.latest()] == ["huge"]
+    receipts.add(receipt("next"))
+    assert [each.decision_id for each in receipts.latest()] == ["next"]
+    # What has gone takes nothing.
+    for number in range(60):
+        receipts.add(receipt(f"short{number}"))
+    assert len(list(receipts.latest())) == 61
+
+
+def test_what_a_receipt_is_said_to_take_is_what_it_takes():
+    workers = [make_worker(f"10.0.0.{number}:8000") for number in range(64)]
+
+    def made(number: int) -> Receipt:
+        candidates = [
+            Candidate(
+                worker=worker,
+                state=WorkerState(
+                    slot=slot, load=Load(kv_usage=slot / number), charged_tokens=number, charged_requests=1
+                ),
+                overlap_blocks=300 + number,
+                profile=Profile(prefill_tokens_per_s=1000 + slot + number),
+            )
+            for slot, worker in enumerate(workers)
+        ]
+        demand = Demand(num_tokens=5_000, num_lookup_tokens=5_000, model="tiny")
+        choices = plan(demand, candidates, seed=number)
+        steps_ms = {"read": 1.0 / number}
+        return receipt(f"{number:016x}", choices=choices, chains=(chain_of(512),), steps_ms=steps_ms)
+
+    made(1)
+    tracemalloc.start()
+    kept = [made(number) for number in range(1, 21)]
+    taken_bytes, _ = tracemalloc.get_traced_memory()
+    tracemalloc.stop()
+    said_bytes = sum(each.num_bytes for each in kept)
+    assert 0.5 * said_bytes < taken_bytes < said_bytes
+
+
+def chain_of(num_blocks: int) -> Chain:
+    hashes = [BlockHash(number) for number in range(num_blocks)]
+    return make_chain(make_worker().pool, hashes, hashes, None, max_hashes=num_blocks, overlap_stride=1)
 
 
 def test_all_stay_by_default():

@@ -29,6 +29,7 @@ for command in (
     fleet.block,
     rates.rates,
     decisions.prefix,
+    decisions.receipts,
     decisions.decision,
     decisions.why,
     heatmap.heatmap,

@@ -57,6 +57,31 @@ def ask(admin: str, method: str, path: str, body: object = None) -> Any:  # noqa
     return content
 
 
+def download(admin: str, path: str, file: Path) -> int:
+    """Write what the admin API answers to `file`; return the number of lines.
+
+    Raises:
+        AdminUnavailable: nobody answers there, or with a refusal.
+        ConfigError: the file cannot be written, or a certificate of ours cannot be used.
+    """
+    num_lines = 0
+    try:
+        url = admin.rstrip("/") + path
+        with httpx.stream("GET", url, timeout=TIMEOUT_S, **admin_access().http_options()) as answer:
+            if answer.is_error:
+                raise AdminUnavailable(f"{admin}{path} answers {answer.status_code}")
+            with file.open("wb") as written:
+                for part in answer.iter_bytes():
+                    written.write(part)
+                    num_lines += part.count(b"\n")
+    except (httpx.HTTPError, httpx.InvalidURL) as error:
+        hint = "give a gateway's admin address with --admin"
+        raise AdminUnavailable(f"no gateway answers at {admin} ({error}): {hint}") from error
+    except OSError as error:
+        raise ConfigError(f"{file}: {error.strerror}") from error
+    return num_lines
+
+
 def ask_about_prompt(
     admin: str, text: str, model: str | None, *, tenant: str | None = None
 ) -> dict[str, Any]:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping, Sequence
+from pathlib import Path
 from typing import Annotated, Any
 from urllib.parse import quote
 
@@ -11,7 +12,7 @@ from rich.console import Group, RenderableType
 from rich.padding import Padding
 from rich.text import Text
 
-from kvindex.commands.inspect.admin_api import ask, ask_about_prompt
+from kvindex.commands.inspect.admin_api import ask, ask_about_prompt, download
 from kvindex.commands.inspect.options import DEFAULT_ADMIN, AdminUrl, AsJson, show
 from kvindex.commands.inspect.tables import HOW_TO_JOIN, facts, inline, local_time, share, table
 from kvindex.worker import Tier
@@ -50,6 +51,24 @@ def decision(decision_id: RequestId, admin: AdminUrl = DEFAULT_ADMIN, as_json: A
     """Show a decision: every candidate with its terms, the choice, and what was then measured."""
     found = ask(admin, "GET", f"/decisions/{quote(decision_id, safe='')}")
     show(found, _view_decision(found), as_json=as_json)
+
+
+def receipts(
+    count: Annotated[int, typer.Option("--lines", "-n", min=1, max=1_000, help="Latest decisions.")] = 20,
+    jsonl: Annotated[
+        Path | None,
+        typer.Option(metavar="FILE", help="Write all as a trace for `kvlane replay`: hashes and counts."),
+    ] = None,
+    admin: AdminUrl = DEFAULT_ADMIN,
+    as_json: AsJson = False,
+) -> None:
+    """List the latest decisions of a gateway, newest first; or write all that it remembers as a trace."""
+    if jsonl is not None:
+        num_lines = download(admin, "/recording", jsonl)
+        typer.echo(f"{jsonl}: {num_lines:,} requests")
+        return
+    found = ask(admin, "GET", f"/decisions?limit={count}")
+    show(found, _view_receipts(found), as_json=as_json)
 
 
 def why(
@@ -92,6 +111,33 @@ def _view_decision(receipt: Mapping[str, Any]) -> RenderableType:
     """Show a receipt: the request, every candidate with its terms, what was measured."""
     values = {name: value for name, value in receipt.items() if name != "candidates"}
     return Group(facts(values | {"at": local_time(receipt["at"])}), _candidates(receipt["candidates"]))
+
+
+def _view_receipts(found: Sequence[Mapping[str, Any]]) -> RenderableType:
+    if not found:
+        return Text("This gateway remembers no decision.")
+    rows = (
+        (
+            each["decision_id"],
+            local_time(each["at"]),
+            each["model"] or "",
+            each["fallback"] or each["mode"],
+            each["chosen"] or "",
+            f"{each['prompt_tokens']:,}",
+            share(each["matched_tokens"], each["prompt_tokens"]),
+            *(
+                "-" if value is None else f"{value:,.0f}"
+                for value in (
+                    each["predicted_ttft_ms"],
+                    each["served"]["ttft_ms"] if each["served"] else None,
+                    each["ttft_error_ms"],
+                )
+            ),
+        )
+        for each in found
+    )
+    numbers = ["prompt tokens", "held", "predicted TTFT ms", "measured", "error"]
+    return table("", ["decision", "at", "model", "by", "worker"], numbers, rows)
 
 
 def _candidates(found: Sequence[Mapping[str, Any]]) -> RenderableType:

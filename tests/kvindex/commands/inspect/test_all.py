@@ -16,6 +16,7 @@ ARGUMENTS = {
     "block": ["beef"],
     "rates": [],
     "prefix": ["Once", "--model", "tiny"],
+    "receipts": [],
     "decision": ["x"],
     "why": ["x"],
     "heatmap": [],
@@ -24,7 +25,7 @@ ARGUMENTS = {
     "memory": [],
     "events": [],
 }
-ASK_THE_GATEWAY = ("rates", "prefix", "decision", "why", "heatmap")
+ASK_THE_GATEWAY = ("rates", "receipts", "prefix", "decision", "why", "heatmap")
 
 
 def test_every_command_is_tried_and_has_json():

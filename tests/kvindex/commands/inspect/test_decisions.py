@@ -55,6 +55,32 @@ def test_a_decision_says_what_tiers_had_and_what_was_made_of_it(inspect, admin):
             assert word in shown
 
 
+def test_receipts_are_listed(inspect, admin):
+    url, answers, _ = admin
+    known = [receipt(weighed()), receipt()]
+    answers["GET", "/decisions?limit=2"] = (200, known)
+    shown = inspect("receipts", "-n", "2", "--admin", url).stdout
+    for word in ("00000000000000aa", "10.0.0.1:8000", "1,200", "85%"):
+        assert word in shown
+    assert json.loads(inspect("receipts", "-n", "2", "--json", KVLANE_ADMIN_URL=url).stdout) == known
+    answers["GET", "/decisions?limit=20"] = (200, [])
+    assert "remembers no decision" in inspect("receipts", "--admin", url).stdout
+
+
+def test_receipts_are_written_as_a_trace(inspect, admin, tmp_path):
+    url, answers, _ = admin
+    answers["GET", "/recording"] = (200, b'{"a": 1}\n{"a": 2}\n')
+    file = tmp_path / "trace.jsonl"
+    assert inspect("receipts", "--jsonl", str(file), "--admin", url).stdout == f"{file}: 2 requests\n"
+    assert file.read_bytes() == b'{"a": 1}\n{"a": 2}\n'
+    error = inspect("receipts", "--jsonl", str(tmp_path), "--admin", url).exception
+    assert isinstance(error, ConfigError)
+    answers["GET", "/recording"] = (401, b"no")
+    error = inspect("receipts", "--jsonl", str(file), "--admin", url).exception
+    assert isinstance(error, AdminUnavailable)
+    assert "answers 401" in str(error)
+
+
 def test_a_decision_without_candidates(inspect, admin):
     url, answers, _ = admin
     answers["GET", "/decisions/a%2Fb"] = (200, receipt())
