@@ -362,9 +362,8 @@ async def test_what_steps_cost_is_told_when_it_changes_and_again_in_a_fresh_slot
     monkeypatch.setattr(publisher, "COSTS_INTERVAL_S", 0.01)
     bench = Bench()
     known: list[StepCosts | None] = [None]
-    made = Publisher(
-        bench.worker, CONFIG, bench.writer, bench.source, lambda: bench.load, costs=lambda: known[0]
-    )
+    contents = EngineContents(bench.worker, bench.source)
+    made = Publisher(bench.worker, CONFIG, bench.writer, contents, lambda: bench.load, costs=lambda: known[0])
     made.start()
 
     async def told() -> StepCosts | None:
