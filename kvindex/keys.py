@@ -14,7 +14,7 @@ the directory as KEYS[1] and append the suffixes below, which `lua_names` hands 
 |                          |      | costs of its steps as JSON                      |                   |
 | kvlane:{pool}:ids        | hash | worker id -> its slot                           | slot fenced       |
 | kvlane:{pool}:roles      | hash | worker id -> role that an operator gave it      | taken back        |
-| kvlane:{pool}:drain      | set  | worker ids that are sent no more requests       | taken back        |
+| kvlane:{pool}:drain      | hash | worker ids that are sent no more requests       | taken back        |
 | kvlane:{pool}:res        | hash | decision id -> reservation (`RESERVATION`)      | settled, expired  |
 | kvlane:{pool}:exp        | zset | decision ids by expiry                          | settled, expired  |
 | kvlane:{pool}:pend       | hash | decision id -> what was sent to be computed     | computed, settled |

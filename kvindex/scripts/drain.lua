@@ -8,6 +8,10 @@ local worker_id, is_draining = unpack(ARGV)
 if not redis.call('HGET', IDS, worker_id) then
   return 0
 end
-redis.call(is_draining == '1' and 'SADD' or 'SREM', DRAINING, worker_id)
+if is_draining == '1' then
+  redis.call('HSET', DRAINING, worker_id, 1)
+else
+  redis.call('HDEL', DRAINING, worker_id)
+end
 redis.call('HINCRBY', DIRECTORY, 'version', 1)
 return 1

@@ -13,7 +13,7 @@ for index = first + 1, math.min(first + ARGV[2], #slots) do
   local state = redis.call('HMGET', SLOT .. slot, 'worker', 'count', 'digest', 'worker_id', 'costs')
   if state[1] then -- Redis may have lost it
     local role = redis.call('HGET', ROLES, state[4]) or ''
-    local draining = redis.call('SISMEMBER', DRAINING, state[4])
+    local draining = redis.call('HGET', DRAINING, state[4]) and 1 or 0
     described[#described + 1] = {slot, state[1], tonumber(state[2]), state[3], role, state[5] or '', draining}
   end
 end

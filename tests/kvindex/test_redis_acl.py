@@ -15,7 +15,7 @@ from kvindex.errors import IndexRefused, SlotLost
 from kvindex.redis_connection import Connection
 from kvindex.redis_health import examine
 from kvindex.redis_index import RedisIndexReader, RedisIndexWriter
-from kvindex.worker import Batch, Load
+from kvindex.worker import Batch, Load, Role, StepCosts
 from tests.support.waiting import eventually
 from tests.support.workers import make_worker
 
@@ -76,12 +76,19 @@ async def test_each_may_do_its_work(url):
         assert reservation.charged
     assert await gateway.settle(POOL, "ended")
     writer.heartbeat(POOL, slot, "one", Load(), lease_ms=LEASE_MS, accepted=["named"], settle_older_than_ms=0)
+    writer.report_costs(POOL, slot, "one", StepCosts(num_steps=1, prefill_tokens_per_s=1.0))
+    for is_draining in (True, False):
+        assert await gateway.drain(POOL, WORKER.worker_id, is_draining=is_draining)
+    for role in (Role.DECODE, None):
+        assert await gateway.give_role(POOL, WORKER.worker_id, role)
 
     for reader in (gateway, inspector):
         assert await reader.pools() == [POOL]
         _, [worker] = await reader.workers(POOL)
         assert worker.num_indexed_blocks == 999
         assert worker.charged_requests == 0
+        assert worker.step_costs is not None
+        assert await reader.expired_reservations(POOL) == 1
         assert await reader.holders(POOL, 101) == [slot]
         assert (await reader.match(POOL, [101, 102])).overlap_blocks == {slot: 2}
         assert await reader.holders_of(POOL, [BlockHash(101)]) == {101: (slot,)}
