@@ -14,6 +14,12 @@ TRANSFERS = Counter(
     ["role", "outcome"],
 )
 BYTES = Counter("kvlane_transfer_moved_bytes", "Bytes of KV that were moved.", ["role"])
+WIRE_BYTES = Counter("kvlane_transfer_wire_bytes", "Bytes of KV that came, by peer.", ["peer"])
+WIRE_SECONDS = Counter(
+    "kvlane_transfer_wire_seconds",
+    "Seconds in which transfers from a peer had chunks on their way, summed over transfers.",
+    ["peer"],
+)
 LIVE = Gauge("kvlane_transfer_live", "Transfers that have not ended.", ["role"])
 FREE_BUFFERS = Gauge("kvlane_transfer_free_buffers", "Staging buffers that are free.", ["role"])
 QUARANTINED_BUFFERS = Gauge(

@@ -27,8 +27,9 @@ from connectors.messages import (
     Subscribe,
     Welcome,
 )
+from connectors.pace import Moved
 from connectors.params import TransferParams
-from connectors.receiver import Receiver, SenderRank
+from connectors.receiver import Received, Receiver, SenderRank
 from connectors.sender import Receiver as ReceiverRank
 from connectors.sender import Sender
 from connectors.staging import Copier
@@ -67,6 +68,8 @@ class KVMover:
         self._thread = threading.Thread(target=self._loop.run_forever, name="kvlane-mover", daemon=True)
         self._ended_sends: list[str] = []
         self._ended_receives: dict[str, set[int]] = {}
+        self._received: list[tuple[Received, float]] = []
+        """Transfers that are complete, and when they were."""
         self._lock = threading.Lock()
         self._tasks: set[asyncio.Task[Any]] = set()
         self._peers: dict[tuple[str, int], asyncio.Task[SenderRank]] = {}
@@ -135,8 +138,8 @@ class KVMover:
         """
         self._begin(self._receive(request_id, params, block_ids, tokens))
 
-    def fetch(self, params: TransferParams, block_ids: Sequence[int], tokens: range) -> Future[set[int]]:
-        """Fill blocks as `receive` does; the result is what is missing."""
+    def fetch(self, params: TransferParams, block_ids: Sequence[int], tokens: range) -> Future[Received]:
+        """Fill blocks as `receive` does; the result says what is missing."""
         return asyncio.run_coroutine_threadsafe(self._receiver.receive(params, block_ids, tokens), self._loop)
 
     def cancel_receive(self, transfer_id: str) -> None:
@@ -152,6 +155,13 @@ class KVMover:
             sends, self._ended_sends = self._ended_sends, []
             receives, self._ended_receives = self._ended_receives, {}
         return sends, receives
+
+    def take_moved(self) -> list[Moved]:
+        """Return what complete transfers took, of those since the last call; the engine knows of them now."""
+        now = self._loop.time()
+        with self._lock:
+            received, self._received = self._received, []
+        return [Moved(each.num_bytes, each.busy_s + now - ended_at) for each, ended_at in received]
 
     # The mover's thread
 
@@ -210,7 +220,11 @@ class KVMover:
     ) -> None:
         missing = set(block_ids)
         try:
-            missing = await self._receiver.receive(params, block_ids, tokens)
+            received = await self._receiver.receive(params, block_ids, tokens)
+            missing = received.missing
+            if not missing:
+                with self._lock:
+                    self._received.append((received, self._loop.time()))
         finally:
             with self._lock:
                 self._ended_receives[request_id] = missing

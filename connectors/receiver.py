@@ -51,8 +51,38 @@ class Incoming:
     num_missing: dict[int, int] = field(default_factory=dict)
     """By index in `block_ids`: how many heads of tokens of layers have not arrived."""
     is_cancelled: bool = False
+    num_bytes: int = 0
+    """That have arrived."""
+    num_under_way: int = 0
+    """Chunks that were offered and have not arrived."""
+    busy_since: float = 0.0
+    busy_s: float = 0.0
+    """In which there were such chunks, until the last time that there were none."""
     senders: list[SenderRank] = field(default_factory=list)
     done: asyncio.Event = field(default_factory=asyncio.Event)
+
+    def begin_chunk(self, now: float) -> None:
+        """Count a chunk that was offered."""
+        if not self.num_under_way:
+            self.busy_since = now
+        self.num_under_way += 1
+
+    def end_chunk(self, now: float) -> None:
+        """Count it out: it has arrived, or will not."""
+        self.num_under_way -= 1
+        if not self.num_under_way:
+            self.busy_s += now - self.busy_since
+
+
+@dataclass(frozen=True, slots=True)
+class Received:
+    """What became of a transfer."""
+
+    missing: set[int]
+    """Physical blocks that could not be filled."""
+    num_bytes: int
+    busy_s: float
+    """In which a chunk was on its way; not in it: while they were being computed."""
 
 
 class Receiver:
@@ -93,8 +123,8 @@ class Receiver:
         """Transfers that have not ended."""
         return len(self._live)
 
-    async def receive(self, params: TransferParams, block_ids: Sequence[int], tokens: range) -> set[int]:
-        """Fill blocks; return the physical ids of those that could not be filled.
+    async def receive(self, params: TransferParams, block_ids: Sequence[int], tokens: range) -> Received:
+        """Fill blocks.
 
         Args:
             params: whose blocks, and which transfer.
@@ -109,7 +139,7 @@ class Receiver:
             incoming.num_missing[block] = num_tokens * geometry.num_layers * len(geometry.heads)
         if params.transfer_id in self._live:
             _log.warning("transfer_refused", transfer_id=params.transfer_id, reason="it is under way already")
-            return {block_ids[block] for block in incoming.num_missing}
+            return Received({block_ids[block] for block in incoming.num_missing}, 0, 0.0)
         self._live[params.transfer_id] = incoming
         outcomes = await asyncio.gather(
             *(self._receive(incoming, source) for source in sources(geometry, params.peer_tp_size)),
@@ -117,7 +147,7 @@ class Receiver:
         )
         del self._live[params.transfer_id]
         incoming.done.set()
-        return self._conclude(incoming, outcomes)
+        return Received(self._conclude(incoming, outcomes), incoming.num_bytes, incoming.busy_s)
 
     async def cancel(self, transfer_id: str) -> None:
         """Stop a transfer; no block is written any more when this returns."""
@@ -141,6 +171,9 @@ class Receiver:
             inbox.put_nowait(message)
         elif isinstance(message, ChunkOffered):
             self._drop(sender, message)
+
+    def _now(self) -> float:
+        return asyncio.get_running_loop().time()
 
     def _drop(self, sender: SenderRank, offer: ChunkOffered) -> None:
         """Fetch a chunk that nobody wants any more: its sender waits for that, and cannot take it back."""
@@ -173,6 +206,9 @@ class Receiver:
             errors.append(ProtocolError(f"{incoming.params.peer}: it ended before it had sent everything"))
         outcome = "done" if not errors else "cancelled" if incoming.is_cancelled else type(errors[0]).__name__
         metrics.TRANSFERS.labels("receive", outcome).inc()
+        if incoming.num_bytes:
+            metrics.WIRE_BYTES.labels(incoming.params.peer).inc(incoming.num_bytes)
+            metrics.WIRE_SECONDS.labels(incoming.params.peer).inc(incoming.busy_s)
         if errors and not incoming.is_cancelled:
             _log.warning(
                 "transfer_failed",
@@ -208,7 +244,12 @@ class Receiver:
                 raise sender.channel.lost.result()
             while (offer := await self._next(sender, inbox)) is not None:
                 self._check(incoming, sender, offer.chunk)
-                index, request = await self._fetch(sender, offer)
+                incoming.begin_chunk(self._now())
+                try:
+                    index, request = await self._fetch(sender, offer)
+                except BaseException:
+                    incoming.end_chunk(self._now())
+                    raise
                 landing.append(asyncio.create_task(self._land(incoming, sender, offer.chunk, index, request)))
             await asyncio.gather(*landing)
         finally:
@@ -271,6 +312,7 @@ class Receiver:
         try:
             await request.wait(self._config.chunk_timeout_s)
             metrics.BYTES.labels("receive").inc(buffer.nbytes)
+            incoming.num_bytes += buffer.nbytes
             if incoming.is_cancelled:
                 return
             await self._copier.run(
@@ -281,6 +323,7 @@ class Receiver:
             raise
         finally:
             self.ring.release(index, request)
+            incoming.end_chunk(self._now())
         size = self._cache.geometry.block_size
         for block in block_span(chunk.tokens, size):
             start = max(block * size, chunk.first_token)

@@ -135,10 +135,10 @@ class GatewayConfig(IndexConfig):
         10_000, gt=0, description="Prefill speed of a model without a profile, before any was measured."
     )
     transfer_gb_per_s: float = Field(
-        1.0, gt=0, description="How fast KV moves from one worker to another, to weigh what a split costs."
+        1.0, gt=0, description="How fast KV moves to a worker that has not measured it yet."
     )
     transfer_latency_ms: float = Field(
-        5.0, ge=0, description="What a transfer of KV costs whatever its size, each way."
+        10.0, ge=0, description="What a transfer takes there whatever its size."
     )
     tier_speeds: dict[Tier, TierSpeed] = Field(
         default_factory=dict,

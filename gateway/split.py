@@ -20,7 +20,14 @@ class Wire(msgspec.Struct, frozen=True, kw_only=True):
 
     gb_per_s: float
     latency_ms: float
-    """From the request for a transfer to its first byte, and again until the receiver goes on."""
+    """What a transfer takes whatever its size."""
+
+    def to(self, receiver: Choice) -> Wire:
+        """Return how it moves to this worker: as measured there, if it was."""
+        load = receiver.candidate.state.load
+        if not load.transfer_gb_per_s:
+            return self
+        return Wire(gb_per_s=load.transfer_gb_per_s, latency_ms=load.transfer_latency_ms)
 
 
 class SplitTerms(msgspec.Struct, frozen=True, kw_only=True):
@@ -52,6 +59,8 @@ class Split(msgspec.Struct, frozen=True, kw_only=True):
     prefill: Choice
     decode: Choice
     terms: SplitTerms
+    spare_ms: float = 0.0
+    """How much less it costs than what would be done instead."""
 
 
 def whole(choices: Sequence[Choice]) -> tuple[Choice, ...]:
@@ -65,6 +74,7 @@ def best_split(demand: Demand, choices: Sequence[Choice], wire: Wire) -> Split |
 
     Args:
         choices: the plan, best first; not empty.
+        wire: what is assumed where nothing was measured.
     """
     able = [each for each in choices if each.candidate.worker.transfer_address]
     prefilling = [each for each in able if each.candidate.role is not Role.DECODE]
@@ -78,9 +88,13 @@ def best_split(demand: Demand, choices: Sequence[Choice], wire: Wire) -> Split |
         )
         if first is not second
     ]
-    best = min(splits, key=lambda split: split.terms.cost_ms, default=None)
+    splits.sort(key=lambda split: split.terms.cost_ms)
     alone_ms = min(each.terms.cost_ms for each in whole(choices))
-    return best if best is not None and best.terms.cost_ms < alone_ms else None
+    if not splits or splits[0].terms.cost_ms >= alone_ms:
+        return None
+    best, *others = splits
+    instead_ms = min([alone_ms, *(each.terms.cost_ms for each in others[:1])])
+    return msgspec.structs.replace(best, spare_ms=instead_ms - best.terms.cost_ms)
 
 
 def _terms(demand: Demand, first: Choice, second: Choice, wire: Wire) -> SplitTerms:
@@ -92,7 +106,7 @@ def _terms(demand: Demand, first: Choice, second: Choice, wire: Wire) -> SplitTe
     computing_ms = first.terms.prefill_ms * (1 - 1 / num_steps)
     return SplitTerms(
         prefill_ms=first.terms.ttft_ms,
-        transfer_ms=2 * wire.latency_ms + max(wire_ms - computing_ms, wire_ms / num_steps),
+        transfer_ms=wire.to(second).latency_ms + max(wire_ms - computing_ms, wire_ms / num_steps),
         decode_ms=_decode_ms(second),
         others_ms=first.terms.cost_ms - first.terms.ttft_ms,
     )
@@ -101,7 +115,7 @@ def _terms(demand: Demand, first: Choice, second: Choice, wire: Wire) -> SplitTe
 def _wire_ms(demand: Demand, second: Choice, wire: Wire) -> float:
     """Return the time on the wire of all blocks that the decode worker does not have."""
     num_bytes = (demand.num_tokens - second.cached_tokens) * second.candidate.worker.bytes_per_token
-    return num_bytes / (wire.gb_per_s * 1e6)
+    return num_bytes / (wire.to(second).gb_per_s * 1e6)
 
 
 def _decode_ms(second: Choice) -> float:

@@ -68,8 +68,9 @@ _SUFFIXES = {
     "REMOVALS": ":gone",
 }
 
-LOAD = struct.Struct("<IIIIdd")
-"""waiting requests, running requests, waiting prefill tokens, running tokens, KV usage, waiting pairs."""
+LOAD = struct.Struct("<IIIIddff")
+"""waiting requests, running requests, waiting prefill tokens, running tokens, KV usage, waiting pairs; GB/s
+and ms of transfers."""
 
 LIVE_ROW = struct.Struct("<dIIII" + LOAD.format.removeprefix("<"))
 """lease expiry (ms), lease (ms), epoch, charged tokens, charged requests, load; zeros if fenced.

@@ -115,6 +115,10 @@ class Load(msgspec.Struct, frozen=True, kw_only=True):
     """Share of the KV cache in use by live requests, 0 to 1."""
     waiting_prefill_pairs: float = 0.0
     """Pairs of a waiting prompt token and one before it: what attention has still to compute."""
+    transfer_gb_per_s: float = 0.0
+    """How fast KV came from other engines lately; 0 where none did."""
+    transfer_latency_ms: float = 0.0
+    """What a transfer took beside that, whatever its size."""
 
 
 class StepCosts(msgspec.Struct, frozen=True, kw_only=True):

@@ -8,7 +8,7 @@ from __future__ import annotations
 from typing import TYPE_CHECKING, Any
 
 from vllm_plugin.compat import KVConnectorBase_V1, KVConnectorMetadata, KVConnectorRole, SupportsHMA
-from vllm_plugin.metadata import KvlaneMetadata
+from vllm_plugin.metadata import KvlaneMetadata, TransferReport
 from vllm_plugin.scheduler_side import SchedulerSide
 from vllm_plugin.worker_side import WorkerSide
 
@@ -24,6 +24,7 @@ if TYPE_CHECKING:
     from vllm.v1.core.kv_cache_manager import KVCacheBlocks
     from vllm.v1.core.sched.output import SchedulerOutput
     from vllm.v1.kv_cache_interface import KVCacheConfig
+    from vllm.v1.outputs import KVConnectorOutput
     from vllm.v1.request import Request
 
     from vllm_plugin.transfer_scheduler import TransferScheduler
@@ -113,6 +114,12 @@ class KvlaneConnector(KVConnectorBase_V1, SupportsHMA):
             self.scheduler_side.request_finished(request)
         return self._transfer is not None and self._transfer.request_finished(request), None
 
+    def update_connector_output(self, connector_output: KVConnectorOutput) -> None:
+        """Learn what the workers tell of a step."""
+        report = connector_output.kv_connector_worker_meta
+        if self.scheduler_side is not None and isinstance(report, TransferReport):
+            self.scheduler_side.on_transfers(report)
+
     # Worker side
 
     def register_kv_caches(self, kv_caches: dict[str, torch.Tensor]) -> None:
@@ -151,6 +158,10 @@ class KvlaneConnector(KVConnectorBase_V1, SupportsHMA):
         return (
             self.worker_side.take_finished(finished_req_ids) if self.worker_side is not None else (None, None)
         )
+
+    def build_connector_worker_meta(self) -> TransferReport | None:
+        """Return what the scheduler is told of a step."""
+        return self.worker_side.take_report() if self.worker_side is not None else None
 
     def get_block_ids_with_load_errors(self) -> set[int]:
         """Return the blocks that could not be filled and must be computed here."""

@@ -1,11 +1,13 @@
-"""What a step's scheduler tells its workers of transfers."""
+"""What a step's scheduler and its workers tell each other of transfers."""
 
 from __future__ import annotations
 
 from dataclasses import dataclass, field
+from typing import cast
 
+from connectors.pace import Moved
 from connectors.params import TransferParams
-from vllm_plugin.compat import KVConnectorMetadata
+from vllm_plugin.compat import KVConnectorMetadata, KVConnectorWorkerMetadata
 
 
 @dataclass(frozen=True, slots=True)
@@ -55,3 +57,15 @@ class KvlaneMetadata(KVConnectorMetadata):
     sends: list[Send] = field(default_factory=list)
     computed: list[Computed] = field(default_factory=list)
     receives: list[Receive] = field(default_factory=list)
+
+
+@dataclass
+class TransferReport(KVConnectorWorkerMetadata):
+    """What workers tell of transfers that are complete."""
+
+    moved: tuple[Moved, ...]
+    """By every rank; each counts the bytes of all ranks, which are on their way at the same time."""
+
+    def aggregate(self, other: KVConnectorWorkerMetadata) -> TransferReport:
+        """Return both reports as one."""
+        return TransferReport(self.moved + cast("TransferReport", other).moved)

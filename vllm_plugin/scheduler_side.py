@@ -4,17 +4,21 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING
 
+import msgspec
+
+from connectors.pace import Pace
 from kvindex import metrics
 from kvindex.config import connector_config
 from kvindex.contents import EngineContents
 from kvindex.errors import ConfigError
 from kvindex.event_source import ZmqEventSource
-from kvindex.publisher import Publisher
+from kvindex.publisher import LoadReport, Publisher
 from kvindex.redis_index import RedisIndexWriter
 from kvindex.worker import Worker, new_incarnation
 from vllm_plugin import compat
 from vllm_plugin.config import WorkerConfig
 from vllm_plugin.load import LoadTracker
+from vllm_plugin.metadata import TransferReport
 from vllm_plugin.step_times import StepTimes
 from vllm_plugin.transfer_scheduler import TransferScheduler
 
@@ -69,6 +73,7 @@ class SchedulerSide:
         self.transfer = TransferScheduler() if self._config.transfer_port else None
         self._load: LoadTracker | None = None
         self._times = StepTimes()
+        self._pace = Pace()
         self._publisher: Publisher | None = None
 
     def _transfer_address(self, first_rank: int) -> str:
@@ -81,7 +86,7 @@ class SchedulerSide:
     def start(self, block_pool: BlockPool) -> None:
         """Begin to publish; `block_pool` is the scheduler's, which only its thread may change."""
         count = compat.cached_tokens_counter(block_pool, self.worker.block_size, self._group_index)
-        self._load = LoadTracker(count, block_pool.get_usage)
+        self._load = load = LoadTracker(count, block_pool.get_usage)
         if self._config.metrics_port:
             port = self._config.metrics_port + self.worker.dp_rank
             metrics.serve(self._config.metrics_host, port, self._config.metrics_tls)
@@ -90,10 +95,23 @@ class SchedulerSide:
             self._config,
             RedisIndexWriter(self._config),
             EngineContents(self.worker, ZmqEventSource(self._events, self._replay)),
-            self._load.report,
+            lambda: self._with_pace(load.report()),
             costs=self._times.costs,
         )
         self._publisher.start()
+
+    def on_transfers(self, report: TransferReport) -> None:
+        """Learn from transfers that are complete."""
+        for moved in report.moved:
+            self._pace.observe(moved)
+
+    def _with_pace(self, report: LoadReport) -> LoadReport:
+        load = msgspec.structs.replace(
+            report.load,
+            transfer_gb_per_s=round(self._pace.gb_per_s, 3),
+            transfer_latency_ms=round(self._pace.latency_ms, 3),
+        )
+        return msgspec.structs.replace(report, load=load)
 
     def stop(self) -> None:
         """Take the worker out of the index. Idempotent."""

@@ -6,11 +6,12 @@ from typing import TYPE_CHECKING
 
 from connectors.kv_cache import KVCache
 from connectors.mover import KVMover
+from connectors.pace import Moved
 from kvindex import metrics
 from kvindex.config import connector_config
 from vllm_plugin import compat
 from vllm_plugin.config import WorkerConfig
-from vllm_plugin.metadata import KvlaneMetadata
+from vllm_plugin.metadata import KvlaneMetadata, TransferReport
 
 if TYPE_CHECKING:
     import torch
@@ -39,6 +40,7 @@ class WorkerSide:
         """Requests whose blocks nobody needs any more, but that run still."""
         self._sends: set[str] = set()
         self._missing: set[int] = set()
+        self._moved: list[Moved] = []
 
     def start(self, kv_caches: dict[str, torch.Tensor]) -> None:
         """Begin to serve and to fetch blocks of these tensors, if there is a port for it."""
@@ -112,6 +114,7 @@ class WorkerSide:
         self._sent -= sent
         self._finished -= sent
         self._sends -= sent
+        self._moved += self._mover.take_moved()
         for missing in receives.values():
             self._missing |= missing
         return sent, set(receives)
@@ -120,3 +123,11 @@ class WorkerSide:
         """Return the blocks that could not be filled, of the requests that `take_finished` named."""
         missing, self._missing = self._missing, set()
         return missing
+
+    def take_report(self) -> TransferReport | None:
+        """Return what is new for the scheduler; None if nothing is."""
+        if not self._moved:
+            return None
+        tp_size = self._vllm_config.parallel_config.tensor_parallel_size
+        moved, self._moved = self._moved, []
+        return TransferReport(tuple(Moved(each.num_bytes * tp_size, each.seconds) for each in moved))

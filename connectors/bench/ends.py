@@ -83,7 +83,7 @@ class StagedEnd:
         """Have them in this cache when it returns."""
         params = TransferParams(transfer_id, "receive", self._peer)
         blocks = _blocks(size, self._num_blocks)
-        missing = self._mover.fetch(params, blocks, range(size * BLOCK_SIZE)).result()
+        missing = self._mover.fetch(params, blocks, range(size * BLOCK_SIZE)).result().missing
         if missing:
             raise RuntimeError(f"{len(missing)} blocks did not arrive")
 

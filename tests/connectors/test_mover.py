@@ -140,6 +140,10 @@ async def test_every_token_arrives(start: Start, num_tokens: int):
     await sender.sent("p")
     tokens = range(num_tokens)
     assert torch.equal(receiver.rows(RECEIVED, tokens), sender.rows(SENT, tokens))
+    (moved,) = receiver.mover.take_moved()
+    num_blocks = -(-num_tokens // GEOMETRY.block_size)
+    assert moved.num_bytes == num_blocks * GEOMETRY.block_bytes * GEOMETRY.num_layers
+    assert moved.seconds > 0
     untouched = [block for block in range(NUM_BLOCKS) if block not in RECEIVED]
     for layer, old in zip(receiver.layers, before, strict=True):
         assert torch.equal(layer[:, untouched], old[:, untouched])

@@ -159,6 +159,14 @@ def test_a_role_is_given_while_the_fleet_runs(fleet: LocalFleet):
     eventually(lambda: "x-kvlane-prefill" in ask(fleet.url, prompt(900)).headers, timeout_s=60)
 
 
+def test_the_decode_worker_says_how_fast_kv_came(fleet: LocalFleet):
+    prefill, decode = (registered(fleet)[name].load for name in by_role(fleet))
+    # From over a minute for what a prompt has to faster than any memory.
+    assert 1e-5 < decode.transfer_gb_per_s < 1_000
+    assert 0 <= decode.transfer_latency_ms < 60_000
+    assert prefill.transfer_gb_per_s == 0
+
+
 def test_nothing_is_left_behind(fleet: LocalFleet, transfer_ports: Sequence[int]):
     def is_clean() -> bool:
         for port in transfer_ports[2:]:

@@ -1,5 +1,6 @@
 import itertools
 
+import msgspec
 import pytest
 
 from gateway.plan import Candidate, Demand, plan
@@ -22,8 +23,13 @@ def candidate(
     running: int = 0,
     address: str = "10.0.0.1:7000",
     budget: int = 2_000,
+    measured: Wire | None = None,
 ) -> Candidate:
     load = Load(waiting_prefill_tokens=backlog, running_requests=running)
+    if measured:
+        load = msgspec.structs.replace(
+            load, transfer_gb_per_s=measured.gb_per_s, transfer_latency_ms=measured.latency_ms
+        )
     worker = make_worker(
         name, transfer_address=address, max_num_batched_tokens=budget, bytes_per_token=100_000
     )
@@ -81,18 +87,30 @@ def test_the_wire_works_while_the_prompt_is_computed():
     """800 MB at 1 GB/s take as long as 8,000 tokens at 10,000/s, in four steps: one is left at the end."""
     found = split(candidate("p:1", Role.PREFILL), candidate("d:1", Role.DECODE, running=600))
     assert found.terms.prefill_ms == pytest.approx(800)
-    assert found.terms.transfer_ms == pytest.approx(2 + 200)
+    assert found.terms.transfer_ms == pytest.approx(1 + 200)
     slow = split(
         candidate("p:1", Role.PREFILL),
         candidate("d:1", Role.DECODE, running=600),
         wire=Wire(gb_per_s=0.5, latency_ms=1.0),
     )
-    assert slow.terms.transfer_ms == pytest.approx(2 + 1600 - 600)
+    assert slow.terms.transfer_ms == pytest.approx(1 + 1600 - 600)
 
 
 def test_a_slow_wire_keeps_requests_whole():
     workers = candidate("p:1", Role.PREFILL), candidate("d:1", Role.DECODE, running=60)
     assert split(*workers, wire=Wire(gb_per_s=0.1, latency_ms=1.0)) is None
+
+
+def test_a_worker_that_has_measured_its_wire_goes_by_that():
+    slow, fast = Wire(gb_per_s=0.5, latency_ms=7.0), Wire(gb_per_s=2.0, latency_ms=0.0)
+    found = split(
+        candidate("p:1", Role.PREFILL), candidate("d:1", Role.DECODE, running=600, measured=slow), wire=FREE
+    )
+    assert found.terms.transfer_ms == pytest.approx(7 + 1600 - 600)
+    decoders = (
+        candidate(f"d:{i}", Role.DECODE, running=600, measured=each) for i, each in enumerate((slow, fast))
+    )
+    assert names(split(candidate("p:1", Role.PREFILL), *decoders, wire=FREE)) == ("p:1", "d:1")
 
 
 def test_the_queue_at_either_end_counts():
