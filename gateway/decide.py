@@ -9,6 +9,7 @@ import time
 from collections import Counter
 from collections.abc import Collection, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
+from functools import partial
 from typing import Protocol
 
 import httpx
@@ -94,7 +95,7 @@ class KvRouter:
         self._lookup = Lookup(index, fleet, rates, self._tier_speeds, max_hashes=config.receipt_hashes)
         self._calls = Calls()
         self._reserver = Reserver(config, index, self._calls)
-        self._disagg = Disaggregation(config, self._reserver, client)
+        self._disagg = Disaggregation(config, client)
         self._desk = AdmissionDesk(config)
         self._in_flight: dict[str, _InFlight] = {}
         self._requests: Counter[str] = Counter()
@@ -283,15 +284,10 @@ class KvRouter:
             foreseen = self._reserver.foreseen(found.candidates, found.prompts)
             choices = plan(demand, foreseen, seed=int(receipt.decision_id, 16))
             choices = prefer(choices, receipt.ttft_target_ms)
-            pair = self._disagg.propose(request, demand, read, choices) if choices else None
-            choices = whole(choices)
+            parts = self._disagg.parts(request, read)
         if choices:
-            receipt.choices = choices
+            receipt.choices = whole(choices)
             receipt.verdict = self._desk.judge(receipt)
-            if pair is not None:
-                others = (choice for choice in choices if choice is not pair.split.decode)
-                charges = self._disagg.charge(receipt.decision_id, pair, found.prompts)
-                return _Planned((pair.split.decode, *others), charges, pair)
             with _step(receipt, "reserve"):
                 charged = await self._reserver.charge(
                     receipt.decision_id,
@@ -300,11 +296,16 @@ class KvRouter:
                     choices,
                     found.prompts,
                     ttft_target_ms=receipt.ttft_target_ms,
+                    propose=None if parts is None else partial(self._disagg.propose, demand),
                 )
             receipt.replans = charged.replans
             if charged.choices:
-                return _Planned(charged.choices, (charged.charge,))
-            self._reserver.take_back(charged.charge)
+                pair = None
+                if charged.split is not None and parts is not None:
+                    pair = self._disagg.pair(charged.split, parts, charged.charges[0].decision_id)
+                return _Planned(charged.choices, charged.charges, pair)
+            for charge in charged.charges:
+                self._reserver.take_back(charge)
         elif self._fleet.is_recovering and not found.excluded:
             receipt.fallback = receipt.fallback or "index_recovering"
             return _Planned()

@@ -1,9 +1,8 @@
-"""Splits requests: proposes a pair of workers, charges both, sends the prefill half, and ends it in time."""
+"""Splits requests: proposes a pair of workers, sends the prefill half, and ends it in time."""
 
 from __future__ import annotations
 
 import asyncio
-import secrets
 from collections.abc import Sequence
 from dataclasses import dataclass
 
@@ -14,10 +13,9 @@ from connectors.params import new_transfer_id
 from gateway import metrics
 from gateway.config import GatewayConfig
 from gateway.decision import HttpRequest
-from gateway.halves import PATHS, Halves, make_halves
+from gateway.halves import PATHS, Fields, Halves, divisible, make_halves
 from gateway.plan import Choice, Demand
 from gateway.probe import worker_url
-from gateway.reserve import Charge, Prompts, Reserver
 from gateway.split import Split, Wire, best_split
 from gateway.tokens.request import ReadRequest
 from kvindex.worker import Worker
@@ -50,45 +48,41 @@ class Disaggregation:
         client: HTTP client for the workers, not closed.
     """
 
-    def __init__(self, config: GatewayConfig, reserver: Reserver, client: httpx.AsyncClient) -> None:
+    def __init__(self, config: GatewayConfig, client: httpx.AsyncClient) -> None:
         self._wire = Wire(gb_per_s=config.transfer_gb_per_s, latency_ms=config.transfer_latency_ms)
-        self._reserver = reserver
         self._client = client
         self._running: set[asyncio.Task[None]] = set()
 
-    def propose(
-        self, request: HttpRequest, demand: Demand, read: ReadRequest | None, choices: Sequence[Choice]
-    ) -> Pair | None:
-        """Return the pair for a request that costs less on two workers; None if it stays whole.
+    def parts(self, request: HttpRequest, read: ReadRequest | None) -> Fields | None:
+        """Return what can be split of a request; None if it must stay whole."""
+        path = request.path.partition("?")[0]
+        if path not in PATHS or read is None or len(read.prompts) != 1:
+            return None
+        return divisible(request.body)
+
+    def propose(self, demand: Demand, choices: Sequence[Choice]) -> Split | None:
+        """Return the two workers for a request that costs less on two; None if it stays whole.
 
         Args:
             choices: the plan, best first; not empty.
         """
-        path = request.path.partition("?")[0]
-        if path not in PATHS or read is None or len(read.prompts) != 1:
-            return None
-        if (split := best_split(demand, choices, self._wire)) is None:
-            return None
+        return best_split(demand, choices, self._wire)
+
+    def pair(self, split: Split, fields: Fields, prefill_id: str) -> Pair:
+        """Return what both workers get.
+
+        Args:
+            fields: the request, by `parts`.
+            prefill_id: under which the prefill worker was charged.
+        """
         sender = split.prefill.candidate.worker
         bodies = make_halves(
-            request.body,
+            fields,
             transfer_id=new_transfer_id(),
             peer=sender.transfer_address,
             peer_tp_size=sender.tp_size,
         )
-        return Pair(split, bodies, secrets.token_hex(8)) if bodies is not None else None
-
-    def charge(self, decision_id: str, pair: Pair, prompts: Prompts) -> tuple[Charge, ...]:
-        """Charge the prefill worker with the prompt, and the decode worker with a request.
-
-        Args:
-            prompts: the prompt that was looked up, in each pool.
-        """
-        prefill, decode = pair.split.prefill, pair.split.decode
-        return (
-            self._reserver.charge_in_any_case(pair.prefill_id, prefill, prompts, prefill.charge_tokens),
-            self._reserver.charge_in_any_case(decision_id, decode, {}, 0),
-        )
+        return Pair(split, bodies, prefill_id)
 
     def send_prefill(self, path: str, pair: Pair, headers: dict[str, str]) -> asyncio.Task[None]:
         """Send the prefill half; its worker computes no more once the task is cancelled."""

@@ -47,20 +47,25 @@ def without_transfer_params(body: bytes) -> bytes | None:
     return _ENCODER.encode(fields)
 
 
-def make_halves(body: bytes, *, transfer_id: str, peer: str, peer_tp_size: int) -> Halves | None:
-    """Return the bodies for both workers; None for a request that must stay whole.
+def divisible(body: bytes) -> Fields | None:
+    """Return the parts of a request that may be split; None for one that must stay whole.
 
     What needs every prompt token computed where the answer is made, or is several requests in the
     engine, which cannot share a transfer, stays whole.
+    """
+    fields = _fields(body)
+    return fields if fields is not None and _may_split(fields) else None
+
+
+def make_halves(fields: Fields, *, transfer_id: str, peer: str, peer_tp_size: int) -> Halves:
+    """Return the bodies for both workers.
 
     Args:
+        fields: of a `divisible` request.
         transfer_id: what ties the halves together, and entitles to the blocks.
         peer: `host:port` of the prefill worker's first rank.
         peer_tp_size: its tensor-parallel ranks.
     """
-    fields = _fields(body)
-    if fields is None or not _may_split(fields):
-        return None
     mine = {"transfer_id": transfer_id, "role": "send"}
     theirs = {"transfer_id": transfer_id, "role": "receive", "peer": peer, "peer_tp_size": peer_tp_size}
     first = {name: value for name, value in fields.items() if name not in _OF_THE_ANSWER}

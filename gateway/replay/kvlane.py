@@ -146,7 +146,7 @@ class Kvlane:
         charged = await self._reserver.charge(job.decision_id, demand, candidates, choices, prompts)
         choice = charged.choices[0]
         job.may_load = choice.is_loading or not choice.loads
-        self._sent[job.number] = choice, charged.charge
+        self._sent[job.number] = choice, charged.charges[0]
         return choice.candidate.state.slot
 
     def _parts(self, worker: Worker, holders: Sequence[Sequence[Store]]) -> tuple[TierPart, ...]:

@@ -12,6 +12,7 @@ from prometheus_client import REGISTRY
 
 from connectors.params import parse_params
 from gateway.decision import End, Served
+from kvindex.memory_index import MemoryIndexReader
 from kvindex.worker import Load, Role
 from tests.support.router_bench import PROMPT, Bench, blocks_of, completion
 from tests.support.waiting import eventually
@@ -143,6 +144,59 @@ async def test_a_role_changes_the_next_request(bench):
     await bench.index.give_role(pool, "p:1", Role.DECODE)
     await bench.index.give_role(pool, "d:1", Role.PREFILL)
     assert (await bench.decide()).destinations[0] == "p:1"
+
+
+def overtake(bench: Bench, name: str, num_tokens: int, *, num_times: int = 1) -> None:
+    """Have another gateway charge a worker just before this one does."""
+    other, reserve = MemoryIndexReader(bench.memory), bench.index.reserve
+    worker, slot = bench.slots[name]
+    left = num_times
+
+    async def overtaken(pool, decision_id, wanted_slot, **asked):
+        nonlocal left
+        if wanted_slot == slot and left:
+            left -= 1
+            before = {"prefill_tokens": num_tokens, "seen_backlog_tokens": None, "ttl_ms": 60_000}
+            await other.reserve(worker.pool, f"other-{left}", slot, **before)
+        return await reserve(pool, decision_id, wanted_slot, **asked)
+
+    bench.index.reserve = overtaken
+
+
+@pytest.mark.parametrize(("overtaken", "expected"), [("p:1", ("p:2", "d:1")), ("d:1", ("p:1", "d:2"))])
+async def test_a_split_is_planned_again_where_loads_grew(bench, overtaken: str, expected: tuple[str, str]):
+    # Both are a little worse than what they stand in for.
+    slow = {"transfer_address": "w:7002"}
+    await bench.join("p:2", role=Role.PREFILL, load=Load(waiting_prefill_tokens=50), **slow)
+    await bench.join(
+        "d:2", role=Role.DECODE, load=Load(running_requests=60, waiting_prefill_tokens=50), **slow
+    )
+    overtake(bench, overtaken, 5_000)
+    decision = await bench.decide()
+    chosen = (decision.response_headers["x-kvlane-prefill"], decision.destinations[0])
+    assert chosen == expected
+    assert bench.receipt(decision).replans == 1
+    charged = dict.fromkeys(expected, 1) | {overtaken: 1}
+    await eventually(lambda: bench.charges() == charged)
+    await bench.router.finish(decision.decision_id, End.COMPLETE)
+    await eventually(lambda: bench.charges() == {overtaken: 1})
+
+
+async def test_a_split_that_pays_no_more_is_none(bench, prefill):
+    overtake(bench, "p:1", 100_000)
+    decision = await bench.decide()
+    assert (decision.destinations[0], decision.body, prefill.requests) == ("d:1", None, [])
+    assert bench.receipt(decision).replans == 1
+    await eventually(lambda: bench.charges() == {"p:1": 1, "d:1": 1})
+
+
+async def test_endless_conflicts_end_in_charges_of_both(bench):
+    tries = bench.config.reserve_tries
+    overtake(bench, "p:1", 1, num_times=tries)
+    decision = await bench.decide()
+    assert "x-kvlane-prefill" in decision.response_headers
+    await bench.router.finish(decision.decision_id, End.COMPLETE)
+    await eventually(lambda: not bench.charges().get("d:1"))
 
 
 async def test_what_cannot_be_split_stays_whole(bench, prefill):

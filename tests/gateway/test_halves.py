@@ -5,7 +5,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from connectors.params import new_transfer_id, parse_params
-from gateway.halves import make_halves, without_loads, without_transfer_params
+from gateway.halves import divisible, make_halves, without_loads, without_transfer_params
 from kvindex.stores import LOAD_KEY
 
 BODY = {"model": "tiny", "prompt": "Hello", "max_tokens": 50, "temperature": 0.5, "stream": True}
@@ -18,8 +18,10 @@ JSON = st.recursive(
 
 def made(**fields):
     body = json.dumps(BODY | fields).encode()
-    found = make_halves(body, transfer_id=new_transfer_id(), peer="10.0.0.1:7000", peer_tp_size=2)
-    return found and tuple(map(json.loads, found))
+    if (fields := divisible(body)) is None:
+        return None
+    found = make_halves(fields, transfer_id=new_transfer_id(), peer="10.0.0.1:7000", peer_tp_size=2)
+    return tuple(map(json.loads, found))
 
 
 def test_both_halves_name_one_transfer_as_the_engines_read_it():
@@ -55,8 +57,7 @@ def test_what_is_several_or_needs_the_whole_prompt_stays_whole(fields):
 
 
 def test_what_is_no_object_stays_whole():
-    assert make_halves(b"[1]", transfer_id="", peer="", peer_tp_size=1) is None
-    assert make_halves(b"{", transfer_id="", peer="", peer_tp_size=1) is None
+    assert divisible(b"[1]") is divisible(b"{") is None
 
 
 @pytest.mark.parametrize(

@@ -90,7 +90,7 @@ class Fleet:
             with contextlib.suppress(asyncio.CancelledError):
                 await charging
             return None
-        return (await charging).charge
+        return (await charging).charges[0]
 
     def accept(self, charge: Charge) -> None:
         for slot, worker in zip(self.slots, WORKERS, strict=True):
