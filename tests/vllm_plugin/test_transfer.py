@@ -14,7 +14,7 @@ import pytest
 
 from connectors.params import new_transfer_id
 from tests.support.lora_adapter import RANK, make_adapter
-from tests.support.pair import Pair, pair
+from tests.support.pair import Pair, pair, transfer_engine
 from tests.support.vllm_engine import BLOCK_SIZE, MODEL_NAME, tiny_model
 from tests.support.waiting import eventually
 
@@ -161,6 +161,19 @@ async def test_a_client_that_goes_away_leaves_nothing_behind(engines: Pair):
         await abandon(half.complete(prompt(3_000), 400, kv_transfer_params={"kvlane": params}), 0.3)
     await clean(engines)
     await same(engines, [Prompt(prompt(100))])
+
+
+async def test_heads_go_between_engines_of_different_tensor_parallel_sizes(redis_server: str, engines: Pair):
+    prompts = [Prompt(prompt(num_tokens)) for num_tokens in (1, *AROUND_BLOCKS[:3], 300, 1_500)]
+    expected = await whole(engines, prompts)
+    settings = {"transport": "ucx", "lease_s": 60, "peer_timeout_s": 60}
+    with transfer_engine(redis_server, settings, *ENGINE, tp_size=2) as wide:
+        assert await whole(Pair(wide, wide), prompts) == expected
+        for split in (Pair(wide, engines.decode), Pair(engines.prefill, wide)):
+            before = (await split.decode.metrics())[DONE]
+            assert [await split.complete(each.tokens) for each in prompts] == expected
+            assert (await split.decode.metrics())[DONE] == before + len(prompts) * split.decode.tp_size
+            await clean(split)
 
 
 async def test_blocks_that_nobody_fetches_are_freed_after_the_lease(engines: Pair):
