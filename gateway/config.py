@@ -134,11 +134,11 @@ class GatewayConfig(IndexConfig):
     prefill_tokens_per_s: float = Field(
         10_000, gt=0, description="Prefill speed of a model without a profile, before any was measured."
     )
-    transfer_gb_per_s: float = Field(
-        1.0, gt=0, description="How fast KV moves to a worker that has not measured it yet."
+    transfer_gb_per_s: float | None = Field(
+        None, gt=0, description="How fast KV moves between workers. Default: as they measure it."
     )
-    transfer_latency_ms: float = Field(
-        10.0, ge=0, description="What a transfer takes there whatever its size."
+    transfer_latency_ms: float | None = Field(
+        None, ge=0, description="What a transfer takes whatever its size. Default: as workers measure it."
     )
     tier_speeds: dict[Tier, TierSpeed] = Field(
         default_factory=dict,

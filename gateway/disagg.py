@@ -16,7 +16,7 @@ from gateway.decision import HttpRequest
 from gateway.halves import PATHS, Fields, Halves, divisible, make_halves
 from gateway.plan import Choice, Demand
 from gateway.probe import worker_url
-from gateway.split import Split, Wire, best_split
+from gateway.split import ASSUMED, Split, Wire, best_split
 from gateway.tokens.request import ReadRequest
 from kvindex.worker import Worker
 
@@ -38,6 +38,16 @@ class Pair:
         return self.split.prefill.candidate.worker
 
 
+def _given_wire(config: GatewayConfig) -> Wire | None:
+    gb_per_s, latency_ms = config.transfer_gb_per_s, config.transfer_latency_ms
+    if gb_per_s is None and latency_ms is None:
+        return None
+    return Wire(
+        gb_per_s=ASSUMED.gb_per_s if gb_per_s is None else gb_per_s,
+        latency_ms=ASSUMED.latency_ms if latency_ms is None else latency_ms,
+    )
+
+
 class Disaggregation:
     """Everything about split requests that is not planned, on one event loop.
 
@@ -49,7 +59,7 @@ class Disaggregation:
     """
 
     def __init__(self, config: GatewayConfig, client: httpx.AsyncClient) -> None:
-        self._wire = Wire(gb_per_s=config.transfer_gb_per_s, latency_ms=config.transfer_latency_ms)
+        self._wire = _given_wire(config)
         self._client = client
         self._running: set[asyncio.Task[None]] = set()
 

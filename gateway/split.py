@@ -22,12 +22,9 @@ class Wire(msgspec.Struct, frozen=True, kw_only=True):
     latency_ms: float
     """What a transfer takes whatever its size."""
 
-    def to(self, receiver: Choice) -> Wire:
-        """Return how it moves to this worker: as measured there, if it was."""
-        load = receiver.candidate.state.load
-        if not load.transfer_gb_per_s:
-            return self
-        return Wire(gb_per_s=load.transfer_gb_per_s, latency_ms=load.transfer_latency_ms)
+
+ASSUMED = Wire(gb_per_s=1.0, latency_ms=10.0)
+"""Until a worker has measured it."""
 
 
 class SplitTerms(msgspec.Struct, frozen=True, kw_only=True):
@@ -69,12 +66,12 @@ def whole(choices: Sequence[Choice]) -> tuple[Choice, ...]:
     return decoding or tuple(choices)
 
 
-def best_split(demand: Demand, choices: Sequence[Choice], wire: Wire) -> Split | None:
+def best_split(demand: Demand, choices: Sequence[Choice], wire: Wire | None = None) -> Split | None:
     """Return the two workers that cost less than any alone; None if there are none.
 
     Args:
         choices: the plan, best first; not empty.
-        wire: what is assumed where nothing was measured.
+        wire: how KV moves, whatever workers have measured; None to go by that.
     """
     able = [each for each in choices if each.candidate.worker.transfer_address]
     prefilling = [each for each in able if each.candidate.role is not Role.DECODE]
@@ -97,7 +94,7 @@ def best_split(demand: Demand, choices: Sequence[Choice], wire: Wire) -> Split |
     return msgspec.structs.replace(best, spare_ms=instead_ms - best.terms.cost_ms)
 
 
-def _terms(demand: Demand, first: Choice, second: Choice, wire: Wire) -> SplitTerms:
+def _terms(demand: Demand, first: Choice, second: Choice, wire: Wire | None) -> SplitTerms:
     """Blocks leave with the step that computed them, so the wire works while the next steps compute."""
     wire_ms = _wire_ms(demand, second, wire)
     num_steps = max(
@@ -106,16 +103,23 @@ def _terms(demand: Demand, first: Choice, second: Choice, wire: Wire) -> SplitTe
     computing_ms = first.terms.prefill_ms * (1 - 1 / num_steps)
     return SplitTerms(
         prefill_ms=first.terms.ttft_ms,
-        transfer_ms=wire.to(second).latency_ms + max(wire_ms - computing_ms, wire_ms / num_steps),
+        transfer_ms=_wire(second, wire).latency_ms + max(wire_ms - computing_ms, wire_ms / num_steps),
         decode_ms=_decode_ms(second),
         others_ms=first.terms.cost_ms - first.terms.ttft_ms,
     )
 
 
-def _wire_ms(demand: Demand, second: Choice, wire: Wire) -> float:
+def _wire(second: Choice, given: Wire | None) -> Wire:
+    load = second.candidate.state.load
+    if given is not None or not load.transfer_gb_per_s:
+        return given or ASSUMED
+    return Wire(gb_per_s=load.transfer_gb_per_s, latency_ms=load.transfer_latency_ms)
+
+
+def _wire_ms(demand: Demand, second: Choice, wire: Wire | None) -> float:
     """Return the time on the wire of all blocks that the decode worker does not have."""
     num_bytes = (demand.num_tokens - second.cached_tokens) * second.candidate.worker.bytes_per_token
-    return num_bytes / (wire.to(second).gb_per_s * 1e6)
+    return num_bytes / (_wire(second, wire).gb_per_s * 1e6)
 
 
 def _decode_ms(second: Choice) -> float:

@@ -42,7 +42,7 @@ def candidate(
     )
 
 
-def split(*candidates: Candidate, num_tokens: int = LONG, wire: Wire = WIRE):
+def split(*candidates: Candidate, num_tokens: int = LONG, wire: Wire | None = WIRE):
     demand = Demand(num_tokens=num_tokens, num_lookup_tokens=num_tokens, model="tiny")
     return best_split(demand, plan(demand, candidates, seed=0), wire)
 
@@ -101,16 +101,16 @@ def test_a_slow_wire_keeps_requests_whole():
     assert split(*workers, wire=Wire(gb_per_s=0.1, latency_ms=1.0)) is None
 
 
-def test_a_worker_that_has_measured_its_wire_goes_by_that():
+def test_the_wire_is_as_the_decode_worker_measured_it_unless_it_is_given():
     slow, fast = Wire(gb_per_s=0.5, latency_ms=7.0), Wire(gb_per_s=2.0, latency_ms=0.0)
-    found = split(
-        candidate("p:1", Role.PREFILL), candidate("d:1", Role.DECODE, running=600, measured=slow), wire=FREE
-    )
-    assert found.terms.transfer_ms == pytest.approx(7 + 1600 - 600)
-    decoders = (
-        candidate(f"d:{i}", Role.DECODE, running=600, measured=each) for i, each in enumerate((slow, fast))
-    )
-    assert names(split(candidate("p:1", Role.PREFILL), *decoders, wire=FREE)) == ("p:1", "d:1")
+    prefill = candidate("p:1", Role.PREFILL)
+    measured = candidate("d:0", Role.DECODE, running=600, measured=slow)
+    assert split(prefill, measured, wire=None).terms.transfer_ms == pytest.approx(7 + 1600 - 600)
+    assert split(prefill, measured, wire=WIRE).terms.transfer_ms == pytest.approx(1 + 200)
+    unmeasured = candidate("d:1", Role.DECODE, running=600)
+    assert split(prefill, unmeasured, wire=None).terms.transfer_ms == pytest.approx(10 + 200)
+    quick = candidate("d:2", Role.DECODE, running=600, measured=fast)
+    assert names(split(prefill, measured, quick, wire=None)) == ("p:1", "d:2")
 
 
 def test_the_queue_at_either_end_counts():
