@@ -5,6 +5,8 @@ from __future__ import annotations
 from pydantic import Field
 from pydantic_settings import BaseSettings, SettingsConfigDict
 
+from kvindex.tls import PeerTls
+
 DEFAULT_CHUNK_BYTES = {"cuda": 32 << 20}
 """By type of device; on a GPU a chunk costs its launches and waits, whatever its size."""
 
@@ -22,6 +24,10 @@ class TransferConfig(BaseSettings):
     )
     transfer_host: str = Field(
         "0.0.0.0", description="Address that the side channel listens on; peers reach it at the endpoint's."
+    )
+    transfer_tls: PeerTls | None = Field(
+        None,
+        description="cert, key and ca (PEM files): the side channel speaks TLS, among engines of this CA.",
     )
     transport: str = Field(
         "auto", description="ucx, nixl-ucx, nixl-libfabric, several separated by commas, or auto."

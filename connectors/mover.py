@@ -193,8 +193,13 @@ class KVMover:
         self._receiver = Receiver(self._cache, self._connect, self._transport, self._copier, config)
         self._is_registered = False
         port = config.transfer_port + self._cache.geometry.tp_rank
+        tls = config.transfer_tls
+        self._client_context = tls.client_context() if tls else None
+        server_context = tls.server_context() if tls else None
         try:
-            self._server = await asyncio.start_server(self._serve, config.transfer_host, port)
+            self._server = await asyncio.start_server(
+                self._serve, config.transfer_host, port, ssl=server_context
+            )
         except OSError as error:
             raise ConfigError(
                 f"transfer_port {port} of {config.transfer_host} cannot be used: {error}; choose another one"
@@ -326,7 +331,8 @@ class KVMover:
         timeout_s = self._config.peer_timeout_s
         geometry = self._cache.geometry
         try:
-            reader, writer = await asyncio.wait_for(asyncio.open_connection(host, port), timeout_s)
+            connecting = asyncio.open_connection(host, port, ssl=self._client_context)
+            reader, writer = await asyncio.wait_for(connecting, timeout_s)
         except (OSError, TimeoutError) as error:
             raise PeerLost(f"{host}:{port}: it cannot be reached: {error or 'no answer'}") from error
         channel = Channel(reader, writer, timeout_s)

@@ -80,6 +80,22 @@ class ClientTls(_Files):
         return context
 
 
+class PeerTls(_Files):
+    """Connections among equals, each of whom shows the others a certificate of the same CA."""
+
+    cert: Path
+    key: Path
+    ca: Path
+
+    def server_context(self) -> ssl.SSLContext:
+        """Return what who is connected to needs; raises what `ServerTls.context` does."""
+        return ServerTls(cert=self.cert, key=self.key, client_ca=self.ca).context()
+
+    def client_context(self) -> ssl.SSLContext:
+        """Return what who connects needs; raises what `ClientTls.context` does."""
+        return ClientTls(ca=self.ca, cert=self.cert, key=self.key).context()
+
+
 def load(context: ssl.SSLContext, cert: Path, key: Path) -> None:
     """Let `context` show this certificate from the next handshake on.
 

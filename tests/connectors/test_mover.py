@@ -6,6 +6,7 @@ import socket
 import time
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack
+from pathlib import Path
 from typing import Any
 
 import msgspec
@@ -29,6 +30,8 @@ from connectors.messages import (
 from connectors.mover import KVMover
 from connectors.params import TransferParams, new_transfer_id
 from kvindex.errors import ConfigError
+from kvindex.tls import PeerTls
+from tests.support.certificates import Authority
 from tests.support.ports import free_ports
 from tests.support.waiting import eventually
 
@@ -370,6 +373,28 @@ async def talk(address: tuple[str, int], *frames: bytes, end: bool = False) -> o
         return decode(await reader.readexactly(int.from_bytes(head, "big"))) if head else None
     finally:
         writer.close()
+
+
+async def test_engines_of_one_authority_talk_and_others_are_not_listened_to(start: Start, tmp_path: Path):
+    def tls(authority: Authority, name: str) -> PeerTls:
+        own = authority.issue(name)
+        return PeerTls(cert=own.certfile, key=own.keyfile, ca=authority.cafile)
+
+    folders = [tmp_path / "ours", tmp_path / "theirs"]
+    for folder in folders:
+        folder.mkdir()
+    ours, theirs = map(Authority, folders)
+    sender, receiver = (start(transfer_tls=tls(ours, name)) for name in ("p", "d"))
+    for stranger in (start(transfer_tls=tls(theirs, "x")), start()):
+        stranger.receive("x", sender, new_transfer_id(), RECEIVED, range(16))
+        assert await stranger.received("x") == set(RECEIVED[:2])
+    transfer_id = new_transfer_id()
+    receiver.receive("d", sender, transfer_id, RECEIVED, range(16))
+    sender.mover.open_send("p", transfer_id, 16)
+    sender.mover.computed(transfer_id, SENT, 16, None)
+    assert await receiver.received("d") == set()
+    assert torch.equal(receiver.rows(RECEIVED, range(16)), sender.rows(SENT, range(16)))
+    await eventually(sender.is_clean)
 
 
 BAD = {
