@@ -13,21 +13,34 @@ from kvindex.figures import show, write
 
 
 def transport(
+    *,
     device: Annotated[str, typer.Option(help="Where the caches are: cpu or cuda.")] = "cpu",
     link: Annotated[
         str | None,
         typer.Option(help="UCX_TLS for all that is measured. Default: tcp on a CPU, everything on a GPU."),
     ] = None,
     max_blocks: Annotated[int, typer.Option(min=4, help="Most blocks of 256 KiB in one transfer.")] = 4096,
+    model: Annotated[
+        Path | None,
+        typer.Option(
+            metavar="DIRECTORY",
+            help="Also start two engines with this model: times to first token, and between.",
+        ),
+    ] = None,
+    engine_args: Annotated[str, typer.Option(help="More arguments of `vllm serve` for these.")] = "",
     json_file: Annotated[
         Path | None, typer.Option("--json", metavar="FILE", help="Also write the figures there.")
     ] = None,
 ) -> None:
     """Measure moving KV between two processes, beside memcpy, raw UCXX and NIXL's descriptor lists."""
+    from connectors.bench import engines
     from connectors.bench.transport import run
 
     console = Console(stderr=True)
-    figures = run(device, link or ("tcp,self" if device == "cpu" else "all"), max_blocks, console)
+    link = link or ("tcp,self" if device == "cpu" else "all")
+    figures = run(device, link, max_blocks, console)
+    if model is not None:
+        figures += engines.run(model, device, link, engine_args, console)
     show(Console(), "Moving KV", figures)
     if json_file is not None:
         write(json_file, f"kvlane {' '.join(sys.argv[1:])}", figures)
