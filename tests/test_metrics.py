@@ -19,6 +19,7 @@ LABELS = {
     "model",  # base models of the fleet, not what a client asks for
     "outcome",
     "part",  # of a step
+    "peer",  # engines that sent blocks: the gateway names them
     "reason",
     "role",  # send, receive
     "server",  # LMCache servers of the node
