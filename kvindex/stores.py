@@ -51,3 +51,8 @@ class RegisteredStore(msgspec.Struct, frozen=True, kw_only=True):
     num_indexed_blocks: int
     digest: str
     """Order-independent digest of the indexed chunks, 16 hex digits."""
+
+    @property
+    def holder(self) -> Store:
+        """The store, as what has the slot."""
+        return self.store

@@ -210,6 +210,11 @@ class RegisteredWorker(msgspec.Struct, frozen=True, kw_only=True):
     step_costs: StepCosts | None = None
     """As it measured them; None where it has not, or not yet."""
 
+    @property
+    def holder(self) -> Worker:
+        """The worker, as what has the slot."""
+        return self.worker
+
 
 class Batch(msgspec.Struct, frozen=True, kw_only=True):
     """One sequenced write of a publisher. A hash is in `stored` or in `removed`, never in both."""

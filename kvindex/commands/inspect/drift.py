@@ -12,10 +12,12 @@ from rich.console import RenderableType
 from rich.text import Text
 
 from kvindex.blocks import Pool, format_hash
+from kvindex.chunks import CHUNK_SCHEME
 from kvindex.commands.inspect.options import DEFAULT_REDIS, AsJson, RedisUrl, index_reader, show
 from kvindex.commands.inspect.scan import scan
 from kvindex.commands.inspect.tables import HOW_TO_JOIN, table
 from kvindex.index import IndexReader
+from kvindex.stores import RegisteredStore
 from kvindex.worker import RegisteredWorker
 
 TRIES = 3
@@ -35,7 +37,8 @@ class SlotDrift(msgspec.Struct, frozen=True, kw_only=True):
     """One slot: count and digest that Redis keeps beside those of the entries."""
 
     model: str
-    worker: str
+    holder: str
+    """A worker or a store."""
     slot: int
     status: Status
     kept_blocks: int
@@ -52,7 +55,8 @@ def drift(redis_url: RedisUrl = DEFAULT_REDIS, as_json: AsJson = False) -> None:
 
 async def _read(redis_url: str) -> list[SlotDrift]:
     async with index_reader(redis_url) as reader:
-        return [each for pool in await reader.pools() for each in await compare(reader, pool)]
+        pools = [*await reader.pools(), *await reader.chunk_pools()]
+        return [each for pool in pools for each in await compare(reader, pool)]
 
 
 async def compare(reader: IndexReader, pool: Pool) -> list[SlotDrift]:
@@ -91,7 +95,7 @@ async def _compare_once(reader: IndexReader, pool: Pool) -> dict[int, SlotDrift]
         is_still = is_settled and slot in before and _state(before[slot]) == _state(each)
         compared[slot] = SlotDrift(
             model=pool.model,
-            worker=each.worker.worker_id,
+            holder=each.holder.holder_id,
             slot=slot,
             status=Status.EQUAL if is_same else Status.DIFFERS if is_still else Status.BUSY,
             kept_blocks=each.num_indexed_blocks,
@@ -102,12 +106,17 @@ async def _compare_once(reader: IndexReader, pool: Pool) -> dict[int, SlotDrift]
     return compared
 
 
-async def _states(reader: IndexReader, pool: Pool) -> dict[int, RegisteredWorker]:
-    return {each.slot: each for each in (await reader.workers(pool))[1]}
+async def _states(reader: IndexReader, pool: Pool) -> dict[int, RegisteredWorker | RegisteredStore]:
+    registered: Sequence[RegisteredWorker | RegisteredStore]
+    if pool.scheme == CHUNK_SCHEME:
+        _, registered = await reader.stores(pool)
+    else:
+        _, registered = await reader.workers(pool)
+    return {each.slot: each for each in registered}
 
 
-def _state(registered: RegisteredWorker) -> tuple[str, int, str]:
-    return registered.worker.incarnation, registered.num_indexed_blocks, registered.digest
+def _state(registered: RegisteredWorker | RegisteredStore) -> tuple[str, int, str]:
+    return registered.holder.incarnation, registered.num_indexed_blocks, registered.digest
 
 
 def _view(found: Sequence[SlotDrift]) -> RenderableType:
@@ -120,7 +129,7 @@ def _view(found: Sequence[SlotDrift]) -> RenderableType:
         return Text(f"Every slot holds what the index counts for it: {title}.")
     rows = (
         (
-            each.worker,
+            each.holder,
             each.model,
             each.status,
             str(each.slot),
@@ -133,4 +142,4 @@ def _view(found: Sequence[SlotDrift]) -> RenderableType:
         for each in notable
     )
     columns = ["slot", "blocks kept", "found", "difference", "digest kept", "found"]
-    return table(f"slots: {title}", ["worker", "model", "status"], columns, rows)
+    return table(f"slots: {title}", ["holder", "model", "status"], columns, rows)

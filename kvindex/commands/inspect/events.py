@@ -122,6 +122,11 @@ async def _read(
         tail = tails.setdefault(pool, _Tail(pool))
         tail.names |= {each.worker.incarnation: each.worker.worker_id for each in workers}
         lines += await tail.read(reader, max_lines=max_lines, evictions=evictions)
+    for pool in await reader.chunk_pools():
+        tail = tails.setdefault(pool, _Tail(pool))
+        _, stores = await reader.stores(pool)
+        tail.names |= {each.store.incarnation: each.store.holder_id for each in stores}
+        lines += await tail.read(reader, max_lines=max_lines, evictions=evictions)
     return sorted(lines, key=lambda line: line.at_ms)
 
 

@@ -59,3 +59,11 @@ def test_chunks_take_memory_of_their_own(inspect, redis_url, worker, store):
 
 def test_nobody_there(inspect, redis_url):
     assert "No store is live" in inspect("stores", "--redis-url", redis_url).stdout
+
+
+def test_what_happened_to_a_store_and_whether_its_entries_are_counted_right(inspect, redis_url, store):
+    (line,) = inspect("events", "--redis-url", redis_url, "--json").stdout.splitlines()
+    assert (json.loads(line)["worker"], json.loads(line)["kind"]) == ("s3://kv by node", "opened")
+    assert "1 equal, 0 differs" in inspect("drift", "--redis-url", redis_url).stdout
+    (found,) = json.loads(inspect("drift", "--redis-url", redis_url, "--json").stdout)
+    assert (found["holder"], found["found_blocks"]) == ("s3://kv by node", 3)
