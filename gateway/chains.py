@@ -16,7 +16,7 @@ from kvindex.blocks import (
 )
 
 
-class Chain(msgspec.Struct, frozen=True, kw_only=True):
+class Chain(msgspec.Struct, frozen=True, kw_only=True, gc=False):
     """A prompt's chained block hashes at even strides, in one pool.
 
     The stride is a power of two, so that of two chains the coarser one's depths are all in the finer.

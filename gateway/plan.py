@@ -37,7 +37,7 @@ STEP_TOKENS = 2048
 """Prompt tokens in a step of an engine that does not tell its budget."""
 
 
-class Demand(msgspec.Struct, frozen=True, kw_only=True):
+class Demand(msgspec.Struct, frozen=True, kw_only=True, gc=False):
     """What a request asks of a worker."""
 
     num_tokens: int
@@ -56,7 +56,7 @@ class Demand(msgspec.Struct, frozen=True, kw_only=True):
     """What a worker's labels must be."""
 
 
-class Candidate(msgspec.Struct, frozen=True, kw_only=True):
+class Candidate(msgspec.Struct, frozen=True, kw_only=True, gc=False):
     """A worker that can serve the request, with what is known of it."""
 
     worker: Worker
@@ -75,7 +75,7 @@ class Candidate(msgspec.Struct, frozen=True, kw_only=True):
     """Share of the KV cache that holds indexed blocks, 0 to 1; new blocks evict old ones at 1."""
 
 
-class Terms(msgspec.Struct, frozen=True, kw_only=True):
+class Terms(msgspec.Struct, frozen=True, kw_only=True, gc=False):
     """What sending a request to a worker means, part by part, in milliseconds of time to first token.
 
     The first four are the prediction for the request itself, the others what it costs others there.
@@ -105,7 +105,7 @@ class Terms(msgspec.Struct, frozen=True, kw_only=True):
         return self.ttft_ms + self.slowdown_ms + self.crowding_ms
 
 
-class Choice(msgspec.Struct, frozen=True, kw_only=True):
+class Choice(msgspec.Struct, frozen=True, kw_only=True, gc=False):
     """A candidate and what sending the request there means."""
 
     candidate: Candidate

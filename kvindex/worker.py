@@ -102,7 +102,7 @@ def new_incarnation() -> str:
     return secrets.token_hex(8)
 
 
-class Load(msgspec.Struct, frozen=True, kw_only=True):
+class Load(msgspec.Struct, frozen=True, kw_only=True, gc=False):
     """What an engine last said of itself."""
 
     waiting_requests: int = 0
@@ -121,7 +121,7 @@ class Load(msgspec.Struct, frozen=True, kw_only=True):
     """What a transfer took beside that, whatever its size."""
 
 
-class StepCosts(msgspec.Struct, frozen=True, kw_only=True):
+class StepCosts(msgspec.Struct, frozen=True, kw_only=True, gc=False):
     """What the steps of an engine cost, as it measured them while it served. 0 is not told apart from others.
 
     A step's time is the sum: `step_ms`, each prompt token and each pair of one and a token before it, each
@@ -150,7 +150,7 @@ class StepCosts(msgspec.Struct, frozen=True, kw_only=True):
         return parts
 
 
-class WorkerState(msgspec.Struct, frozen=True, kw_only=True):
+class WorkerState(msgspec.Struct, frozen=True, kw_only=True, gc=False):
     """A live worker at the moment of a `match` or a failed `reserve`."""
 
     slot: int
@@ -165,7 +165,7 @@ class WorkerState(msgspec.Struct, frozen=True, kw_only=True):
         return self.load.waiting_prefill_tokens + self.charged_tokens
 
 
-class Match(msgspec.Struct, frozen=True, kw_only=True):
+class Match(msgspec.Struct, frozen=True, kw_only=True, gc=False):
     """Answer of the index to one prompt. Every live worker is in it, with or without overlap."""
 
     states: tuple[WorkerState, ...]
@@ -181,7 +181,7 @@ class Match(msgspec.Struct, frozen=True, kw_only=True):
     """What live workers have been asked to compute, in no order."""
 
 
-class Reservation(msgspec.Struct, frozen=True, kw_only=True):
+class Reservation(msgspec.Struct, frozen=True, kw_only=True, gc=False):
     """Outcome of `reserve`: charged, or the fresh states to plan again with."""
 
     charged: bool
