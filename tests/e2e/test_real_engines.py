@@ -32,11 +32,14 @@ from gateway.tenants.keys import hash_key, new_key
 from tests.support.doctor import report
 from tests.support.fleet import eventually, parities, registered, settled
 from tests.support.lora_adapter import RANK, make_adapter
-from tests.support.vllm_engine import tiny_model
+from tests.support.vllm_engine import IN_ONE_PROCESS, tiny_model
 
 pytestmark = [pytest.mark.vllm, pytest.mark.envoy]
 
-ENGINE = ("--served-model-name", NAME, "--enforce-eager", "--max-model-len", "4096", "--block-size", "32")
+ENGINE = (
+    *("--served-model-name", NAME, "--enforce-eager", "--max-model-len", "4096", "--block-size", "32"),
+    *IN_ONE_PROCESS,
+)
 ADAPTERS = ("sql", "poetry")
 BLOCK_SIZE = 32
 SYSTEM = "You answer questions about libraries. " + "Say which version you mean. " * 40

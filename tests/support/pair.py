@@ -91,7 +91,9 @@ def transfer_engine(
     config = {"kv_connector_extra_config": extra}
     with start_engine(
         port,
-        *("--kv-transfer-config", json.dumps(config), "--tensor-parallel-size", str(tp_size), *arguments),
+        *("--kv-transfer-config", json.dumps(config)),
+        *(("--tensor-parallel-size", str(tp_size)) if tp_size > 1 else ()),
+        *arguments,
         command=("kvlane", "serve"),
         env={"KVLANE_REDIS_URL": redis_url, "UCX_TLS": "tcp,self"},
     ) as engine:
