@@ -68,6 +68,8 @@ class Finding(msgspec.Struct, frozen=True, kw_only=True):
     """Decision id of the earlier request that the reason leans on."""
     holders_now: tuple[str, ...] = ()
     """Workers that hold the block at this moment."""
+    tiers: tuple[str, ...] = ()
+    """What stores outside the engine had behind the held blocks, and what was made of it: a line each."""
 
 
 @dataclass(frozen=True)
@@ -146,6 +148,7 @@ def explain(receipt: Receipt, choice: Choice, memory: Memory) -> Finding:
             num_blocks=chain.num_blocks if chain else 0,
             reason=Reason.HELD,
             detail=_all_held(receipt, choice),
+            tiers=_tiers(choice),
         )
     cause = _Search(receipt, choice, missed, memory).cause()
     return Finding(
@@ -159,6 +162,15 @@ def explain(receipt: Receipt, choice: Choice, memory: Memory) -> Finding:
         at_ms=cause.at_ms,
         earlier=cause.earlier.decision_id if cause.earlier else None,
         holders_now=tuple(sorted(memory.holders_now.get(missed.block, ()))),
+        tiers=_tiers(choice),
+    )
+
+
+def _tiers(choice: Choice) -> tuple[str, ...]:
+    made = "loaded" if choice.is_loading else "computed, since that was predicted to be faster"
+    return tuple(
+        f"{load.num_tokens:,} tokens in {load.store} ({load.tier}), {load.ms:,.0f} ms to load: {made}"
+        for load in choice.loads
     )
 
 

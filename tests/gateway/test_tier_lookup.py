@@ -6,6 +6,7 @@ import json
 
 import pytest
 
+from gateway.admin.why import Memory, explain
 from gateway.config import GatewayConfig
 from gateway.decision import End, Served
 from gateway.probe import ModelCard, worker_client
@@ -174,3 +175,16 @@ async def test_a_store_that_has_left_is_not_counted(bench):
     assert bench.receipt(await bench.decide()).choice.loads == ()
     await bench.fleet.poll()
     assert bench.fleet.snapshot.stores[store.pool] == {}
+
+
+async def test_why_says_what_tiers_had_and_what_the_plan_made_of_it(make):
+    for gb_per_s, made in ((100, ": loaded"), (0.001, ": computed, since that was predicted to be faster")):
+        bench = make(tier_speeds={"object": {"gb_per_s": gb_per_s, "latency_ms": 0}})
+        await bench.join("a:1", tiers=access("s3://b"), blocks=blocks_of()[:4])
+        await keep(bench, "s3://b", Tier.OBJECT)
+        receipt = bench.receipt(await bench.decide())
+        finding = explain(receipt, receipt.choice, Memory())
+        assert finding.overlap_blocks == 4
+        (line,) = finding.tiers
+        assert line.startswith("320 tokens in s3://b (object), ")
+        assert line.endswith(made)

@@ -209,4 +209,5 @@ def _view_finding(who: str, finding: Mapping[str, Any]) -> Iterator[RenderableTy
         first, last = finding["missed_tokens"]
         values["first_miss"] = f"tokens {first:,} to {last - 1:,}, block {finding['block']}"
         values["held_now_by"] = finding["holders_now"] or "nobody"
+    values["tiers_had"] = finding["tiers"]
     yield Padding(facts(values), (0, 0, 0, 2))

@@ -186,6 +186,7 @@ def finding(**fields: object) -> dict[str, object]:
         "at_ms": 1,
         "earlier": None,
         "holders_now": [],
+        "tiers": [],
         **fields,
     }
 
@@ -217,6 +218,12 @@ def test_why(inspect, admin):
     ):
         assert word in shown
     assert "best holder" not in shown
+    assert "tiers had" not in shown
+    had = finding(tiers=["512 tokens in s3://kv (object), 90 ms to load: loaded"])
+    answers["GET", "/why/client-7"] = (200, WHY | {"findings": {"chosen": had}})
+    shown = inspect("why", "client-7", "--admin", url).stdout
+    assert "tiers had" in shown
+    assert "512 tokens in s3://kv" in shown
     other = finding(worker="10.0.0.2:8000", reason="never_stored", holders_now=["10.0.0.3:8000"])
     answers["GET", "/why/client-7"] = (200, WHY | {"findings": {"chosen": finding(), "best_holder": other}})
     shown = inspect("why", "client-7", "--admin", url).stdout
