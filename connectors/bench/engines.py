@@ -268,7 +268,7 @@ def _wait_until_healthy(process: subprocess.Popen[bytes], port: int, log: Path) 
                 return
         except httpx.TransportError:
             time.sleep(0.5)
-    tail = "\n".join(log.read_text(errors="replace").splitlines()[-20:])
+    tail = "\n".join(log.read_text(errors="replace").splitlines()[-100:])
     raise BenchFailed(f"an engine does not start:\n{tail}")
 
 
