@@ -129,7 +129,7 @@ async def test_gateways_that_share_an_index_do_not_herd(make):
     prompts = [tuple(range(n * 1000, n * 1000 + 400)) for n in range(64)]
     decisions = await asyncio.gather(*(benches[n % 4].decide(p) for n, p in enumerate(prompts)))
     chosen = Counter(decision.destinations[0] for decision in decisions)
-    assert max(chosen.values()) - min(chosen.values()) <= 4
+    assert max(chosen.values()) - min(chosen.values()) <= 6
 
 
 async def test_a_conflict_makes_a_new_plan(bench):
