@@ -1,4 +1,4 @@
-"""Settings of the transfer of KV between engines."""
+"""Settings of moving KV: between engines, and to and from tiers."""
 
 from __future__ import annotations
 
@@ -65,3 +65,18 @@ class TransferConfig(BaseSettings):
     def buffer_bytes(self, device_type: str) -> int:
         """Return the size of a staging buffer on a type of device."""
         return self.chunk_bytes or DEFAULT_CHUNK_BYTES.get(device_type, 4 << 20)
+
+
+class TierConfig(BaseSettings):
+    """Keys of `kv_connector_extra_config` arrive here as `kvlane.<name>`; `KVLANE_<NAME>` overrides."""
+
+    model_config = SettingsConfigDict(env_prefix="KVLANE_", frozen=True, extra="forbid")
+
+    tiers: str = Field(
+        "",
+        pattern=r"^$|^([^\s:/]+|\[[0-9a-fA-F:]+\]):[0-9]{1,5}$",
+        description="host:port of the LMCache server that keeps CPU, disk and S3; empty: no tiers.",
+    )
+    tier_stores: tuple[str, ...] = Field(
+        (), description="Names in the index of what that server holds, one per tier."
+    )

@@ -1,7 +1,8 @@
-"""Every error of moving KV between engines.
+"""Every error of moving KV between engines, and to and from tiers.
 
 KvlaneError
 |- BenchFailed            a measurement could not be made
+|- TiersUnavailable       the node's LMCache server does not come up, or does not answer
 `- TransferError          a transfer ends here; the decode engine computes what is missing
    |- PeerRefused         the other engine will not: other model, other version, unknown transfer
    |- PeerLost            the other engine died, was cut off, or is silent
@@ -18,6 +19,10 @@ from kvindex.errors import KvlaneError
 
 class BenchFailed(KvlaneError):
     """A measurement could not be made."""
+
+
+class TiersUnavailable(KvlaneError):
+    """The node's LMCache server does not come up, or does not answer."""
 
 
 class TransferError(KvlaneError):

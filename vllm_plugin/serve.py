@@ -15,6 +15,8 @@ from typing import Annotated, Any
 import typer
 from rich.console import Console
 
+from connectors.tiers import checks, node
+from connectors.tiers.spec import JoinedTiers, Tiers, parse_tiers
 from kvindex.config import labels_of
 from kvindex.errors import ConfigError
 from kvindex.worker import Role
@@ -50,6 +52,18 @@ def serve(
         list[str] | None,
         typer.Option(metavar="KEY=VALUE", help="What requests may select it by, once for each label."),
     ] = None,
+    tiers: Annotated[
+        str | None,
+        typer.Option(
+            envvar="KVLANE_SERVE_TIERS",
+            metavar="TIERS",
+            help="Keep KV beyond the engine: cpu=20GB,disk=/var/kv:200GB,s3=s3://bucket/prefix, or "
+            "lmcache=HOST:PORT; docs/tiers.md.",
+        ),
+    ] = None,
+    tiers_args: Annotated[
+        str, typer.Option(help="More arguments of the LMCache server that --tiers starts, in one string.")
+    ] = "",
     dry_run: Annotated[bool, typer.Option("--dry-run", help="Print the command and stop.")] = False,
 ) -> None:
     """Run `vllm serve MODEL`, with any of its arguments, as a worker of the fleet.
@@ -58,7 +72,8 @@ def serve(
     """
     if model.startswith("-"):
         raise typer.BadParameter(f"MODEL comes first, got {model}", ctx=context, param_hint="MODEL")
-    arguments = complete_arguments(context.args, endpoint, role, labels_of(label or ()))
+    kept = parse_tiers(tiers) if tiers else None
+    arguments = complete_arguments(context.args, endpoint, role, labels_of(label or ()), kept)
     if dry_run:
         Console(soft_wrap=True, highlight=False, markup=False).print(
             shlex.join(["vllm", "serve", model, *arguments])
@@ -68,6 +83,8 @@ def serve(
     if redis_url:
         os.environ["KVLANE_REDIS_URL"] = redis_url
     program = _vllm_program()
+    if kept is not None and tiers is not None:
+        _prepare(kept, tiers, shlex.split(tiers_args))
     os.execv(program, [program, "serve", model, *arguments])  # noqa: S606 - no shell wanted
 
 
@@ -76,6 +93,7 @@ def complete_arguments(
     endpoint: str | None,
     role: Role | None = None,
     labels: Mapping[str, str] | None = None,
+    tiers: Tiers | JoinedTiers | None = None,
 ) -> list[str]:
     """Return vLLM's arguments with what a worker needs; given values win, key by key.
 
@@ -85,6 +103,9 @@ def complete_arguments(
     arguments = list(given)
     if "--no-enable-prefix-caching" in arguments:
         raise ConfigError("a worker needs its prefix cache: remove --no-enable-prefix-caching")
+    block_size = _value(arguments, "--block-size")
+    if isinstance(tiers, Tiers) and block_size is not None and block_size.isdecimal():
+        checks.check_block_size(tiers.chunk_size, int(block_size))
     transfer = _take_json(arguments, "--kv-transfer-config")
     events = _take_json(arguments, "--kv-events-config")
     if (connector := transfer.get("kv_connector", CONNECTOR_NAME)) != CONNECTOR_NAME:
@@ -105,6 +126,7 @@ def complete_arguments(
             "kvlane.endpoint": endpoint or _endpoint(arguments),
             **({"kvlane.role": role} if role else {}),
             **({"kvlane.labels": labels} if labels else {}),
+            **({"kvlane.tiers": tiers.address} if tiers else {}),
             **extra,
         },
     }
@@ -119,6 +141,25 @@ def complete_arguments(
         *("--kv-transfer-config", json.dumps(transfer)),
         *("--kv-events-config", json.dumps(events)),
     ]
+
+
+def _prepare(tiers: Tiers | JoinedTiers, spec: str, arguments: Sequence[str]) -> None:
+    """Have the tiers there before the engine starts; they stay in use until it ends.
+
+    Raises:
+        ConfigError: they cannot be; the message says why.
+        TiersUnavailable: the server did not come up.
+    """
+    checks.check_lmcache()
+    # LMCache reports its use to its makers unless it is told not to.
+    os.environ.setdefault("LMCACHE_TRACK_USAGE", "false")
+    if isinstance(tiers, JoinedTiers):
+        checks.check_join(tiers)
+    else:
+        checks.check_tiers(tiers, has_gpu=node.has_gpu())
+        node.join_or_start(tiers, spec, arguments)
+    if tiers.api:
+        os.environ.setdefault("KVLANE_TIER_STORES", json.dumps(node.store_names(tiers.api)))
 
 
 def _value(arguments: Sequence[str], flag: str) -> str | None:

@@ -61,8 +61,9 @@ class TransferScheduler:
         """Have a request's blocks filled, now that it has them."""
         if not num_external_tokens or request.request_id in self._receiving:
             return
-        if (params := self._params(request)) is None:
-            return
+        params = self._params(request)
+        if params is None or params.role != "receive":
+            return  # another place has promised them
         self._receiving[request.request_id] = params
         num_tokens = int(request.num_prompt_tokens)
         self._next.receives.append(

@@ -1,4 +1,4 @@
-"""The connector's part in a worker's process: carries out what the scheduler says of transfers."""
+"""The connector's part in a worker's process: carries out what the scheduler says of transfers and tiers."""
 
 from __future__ import annotations
 
@@ -8,19 +8,22 @@ from connectors.kv_cache import KVCache
 from connectors.mover import KVMover
 from connectors.pace import Moved
 from kvindex import metrics
-from kvindex.config import connector_config
 from vllm_plugin import compat
-from vllm_plugin.config import WorkerConfig
-from vllm_plugin.metadata import KvlaneMetadata, TransferReport
+from vllm_plugin.config import worker_config
+from vllm_plugin.holds import Holds
+from vllm_plugin.metadata import KvlaneMetadata, WorkerReport
 
 if TYPE_CHECKING:
     import torch
     from vllm.config import VllmConfig
+    from vllm.forward_context import ForwardContext
     from vllm.v1.kv_cache_interface import KVCacheConfig
+
+    from vllm_plugin.tier_worker import TierWorker
 
 
 class WorkerSide:
-    """One tensor-parallel rank's transfers, from `start` to `stop`; all on the worker's thread.
+    """One tensor-parallel rank's transfers, loads and stores; all on the worker's thread.
 
     Raises:
         ConfigError: the engine cannot move KV as it is configured; the message says what to change.
@@ -29,10 +32,9 @@ class WorkerSide:
     def __init__(self, vllm_config: VllmConfig, kv_cache_config: KVCacheConfig) -> None:
         self._vllm_config = vllm_config
         self._kv_cache_config = kv_cache_config
-        self._config = connector_config(
-            WorkerConfig, vllm_config.kv_transfer_config.kv_connector_extra_config
-        )
+        self._config = worker_config(vllm_config)
         self._mover: KVMover | None = None
+        self.tiers = self._tiers()
         self._metadata = KvlaneMetadata()
         self._finished: set[str] = set()
         """Requests that have ended, of those that were sent."""
@@ -41,9 +43,19 @@ class WorkerSide:
         self._sends: set[str] = set()
         self._missing: set[int] = set()
         self._moved: list[Moved] = []
+        self._holds = Holds()
+
+    def _tiers(self) -> TierWorker | None:
+        if not self._config.tiers:
+            return None
+        from vllm_plugin.tier_worker import TierWorker
+
+        return TierWorker(self._vllm_config, self._kv_cache_config, self._config.tiers)
 
     def start(self, kv_caches: dict[str, torch.Tensor]) -> None:
-        """Begin to serve and to fetch blocks of these tensors, if there is a port for it."""
+        """Begin to move KV from and to these tensors, with other engines and with tiers."""
+        if self.tiers is not None:
+            self.tiers.start(kv_caches)
         if not self._config.transfer_port:
             return
         compat.check_transfer(self._vllm_config, self._kv_cache_config)
@@ -60,12 +72,22 @@ class WorkerSide:
             metrics.serve(self._config.metrics_host, metrics_port, self._config.metrics_tls)
 
     def stop(self) -> None:
-        """End every transfer. Idempotent."""
+        """End every transfer, load and store. Idempotent."""
+        if self.tiers is not None:
+            self.tiers.stop()
         if self._mover is not None:
             self._mover.stop()
 
+    def before_step(self, metadata: KvlaneMetadata) -> None:
+        """Finish what reads blocks that the step takes from their requests."""
+        if self.tiers is not None:
+            self.tiers.before_step(metadata.tiers)
+
     def begin_step(self, metadata: KvlaneMetadata) -> None:
         """Heed a step's news, before the step writes to any block."""
+        self._holds.add(metadata.held_twice)
+        if self.tiers is not None:
+            self.tiers.begin_step(metadata.tiers)
         if self._mover is None:
             return
         self._metadata = metadata
@@ -91,8 +113,20 @@ class WorkerSide:
                 range(receive.first_token, receive.num_tokens),
             )
 
+    def load(self, context: ForwardContext) -> None:
+        """Have blocks filled from tiers that the step does not use."""
+        if self.tiers is not None:
+            self.tiers.load(context)
+
+    def clear_step(self) -> None:
+        """Forget the step's news."""
+        if self.tiers is not None:
+            self.tiers.clear_step()
+
     def end_step(self) -> None:
         """Let go what the step has computed. On a GPU, what it has enqueued."""
+        if self.tiers is not None:
+            self.tiers.end_step()
         if self._mover is None or not self._metadata.computed:
             return
         event = compat.record_event()
@@ -105,6 +139,13 @@ class WorkerSide:
         Args:
             finished_request_ids: those that ended since the last call. Blocks of others are theirs still.
         """
+        sent, received = self._take_transferred(finished_request_ids)
+        if self.tiers is None:
+            return sent, received
+        stored, loaded = self.tiers.take_finished(finished_request_ids)
+        return self._holds.release(sent, stored), received | loaded
+
+    def _take_transferred(self, finished_request_ids: set[str]) -> tuple[set[str], set[str]]:
         if self._mover is None:
             return set(), set()
         self._finished |= finished_request_ids & self._sends
@@ -119,15 +160,20 @@ class WorkerSide:
             self._missing |= missing
         return sent, set(receives)
 
+    def take_failed(self) -> set[str]:
+        """Return the requests that no tier could fill, of models whose blocks are of several groups."""
+        return self.tiers.take_failed() if self.tiers is not None else set()
+
     def take_missing_blocks(self) -> set[int]:
         """Return the blocks that could not be filled, of the requests that `take_finished` named."""
         missing, self._missing = self._missing, set()
-        return missing
+        return missing | self.tiers.take_missing_blocks() if self.tiers is not None else missing
 
-    def take_report(self) -> TransferReport | None:
+    def take_report(self) -> WorkerReport | None:
         """Return what is new for the scheduler; None if nothing is."""
-        if not self._moved:
+        tiers = self.tiers.take_worker_metadata() if self.tiers is not None else None
+        if not self._moved and tiers is None:
             return None
         tp_size = self._vllm_config.parallel_config.tensor_parallel_size
         moved, self._moved = self._moved, []
-        return TransferReport(tuple(Moved(each.num_bytes * tp_size, each.seconds) for each in moved))
+        return WorkerReport(tuple(Moved(each.num_bytes * tp_size, each.seconds) for each in moved), tiers)

@@ -62,7 +62,7 @@ def run(device: str, link: str, max_blocks: int, console: Console) -> list[Figur
             console.print(f"{size} blocks over {link}")
             times: dict[str, list[float]] = {name: [] for name in rates}
             for _ in range(ROUNDS + 1):
-                times[MEMCPY].append(_memcpy_s(device, size * BLOCK_BYTES))
+                times[MEMCPY].append(memcpy_s(device, size * BLOCK_BYTES))
                 for name, pair in pairs.items():
                     times[name].append(pair.move_s(size))
             for name, measured in times.items():
@@ -104,7 +104,8 @@ def _figures(sizes: list[int], rates: dict[str, dict[int, float]], target: str) 
     return figures
 
 
-def _memcpy_s(device: str, num_bytes: int) -> float:
+def memcpy_s(device: str, num_bytes: int) -> float:
+    """Return the seconds that one thread needs to copy so many bytes."""
     torch.set_num_threads(1)
     source = torch.ones(num_bytes, dtype=torch.uint8, device=device)
     target = torch.zeros_like(source)

@@ -1,4 +1,4 @@
-"""`kvlane bench transport`, which `kvlane bench` finds by entry point."""
+"""`kvlane bench transport` and `tiers`, which `kvlane bench` finds by entry point."""
 
 from __future__ import annotations
 
@@ -42,5 +42,31 @@ def transport(
     if model is not None:
         figures += engines.run(model, device, link, engine_args, console)
     show(Console(), "Moving KV", figures)
+    if json_file is not None:
+        write(json_file, f"kvlane {' '.join(sys.argv[1:])}", figures)
+
+
+def tiers(
+    directory: Annotated[
+        Path | None, typer.Option(help="Where the disk tier's files go for the time. Default: temporary.")
+    ] = None,
+    s3: Annotated[
+        str | None,
+        typer.Option(metavar="URL", help="s3://BUCKET/PREFIX?endpoint=URL&region=REGION. Default: no S3."),
+    ] = None,
+    num_chunks: Annotated[int, typer.Option(min=1, max=32, help="Chunks of 8 MiB in one transfer.")] = 16,
+    json_file: Annotated[
+        Path | None, typer.Option("--json", metavar="FILE", help="Also write the figures there.")
+    ] = None,
+) -> None:
+    """Measure storing KV in the tiers of a node and loading it, beside memcpy, plain files and plain S3."""
+    from connectors.bench.tiers import run
+    from connectors.tiers import checks
+    from connectors.tiers.spec import parse_bucket
+
+    checks.check_lmcache()
+    location = parse_bucket(s3).location if s3 else None
+    figures = run(directory, location, num_chunks, Console(stderr=True))
+    show(Console(), "Tiers", figures)
     if json_file is not None:
         write(json_file, f"kvlane {' '.join(sys.argv[1:])}", figures)

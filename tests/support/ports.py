@@ -1,5 +1,6 @@
 """Free TCP ports."""
 
+import random
 import socket
 
 
@@ -26,3 +27,14 @@ def adjacent_ports(count: int) -> int:
         except OSError:
             continue
         return first
+
+
+def free_port_pair() -> int:
+    """Return a port that nobody listens on, as on the next one; no connection leaves from either."""
+    while True:
+        port = random.randrange(20_000, 32_000)
+        try:
+            with socket.create_server(("127.0.0.1", port)), socket.create_server(("127.0.0.1", port + 1)):
+                return port
+        except OSError:
+            continue

@@ -4,6 +4,7 @@ import shlex
 import pytest
 from typer.testing import CliRunner
 
+from connectors.tiers.spec import parse_tiers
 from kvindex.config import publisher_config
 from kvindex.errors import ConfigError
 from vllm_plugin import serve
@@ -130,3 +131,33 @@ def test_a_missing_vllm_is_one_clear_line(monkeypatch: pytest.MonkeyPatch):
     result = RUNNER.invoke(app, ["m", "--endpoint", "h:1"])
     assert isinstance(result.exception, ConfigError)
     assert "vLLM is not installed here" in str(result.exception)
+
+
+class TestTiers:
+    def test_the_connector_is_told_where_the_server_is(self):
+        arguments = complete_arguments([], "1.2.3.4:80", tiers=parse_tiers("cpu=1GB,port=7000", {}))
+        extra = parsed(arguments, "--kv-transfer-config")["kv_connector_extra_config"]
+        assert extra == {"kvlane.endpoint": "1.2.3.4:80", "kvlane.tiers": "127.0.0.1:7000"}
+
+    def test_a_server_of_somebody_else_is_joined_by_its_address(self):
+        arguments = complete_arguments([], "1.2.3.4:80", tiers=parse_tiers("lmcache=cache:6555", {}))
+        extra = parsed(arguments, "--kv-transfer-config")["kv_connector_extra_config"]
+        assert extra == {"kvlane.endpoint": "1.2.3.4:80", "kvlane.tiers": "cache:6555"}
+
+    def test_chunks_are_whole_blocks(self):
+        with pytest.raises(ConfigError, match="256 tokens are not whole blocks of 48"):
+            complete_arguments(["--block-size", "48"], "1.2.3.4:80", tiers=parse_tiers("cpu=1GB", {}))
+
+    @pytest.mark.parametrize(
+        ("tiers", "says"),
+        [
+            ("ssd=1GB", "no tier 'ssd'"),
+            ("cpu=1GB,disk=/proc/1", "cannot be written to"),
+            ("lmcache=127.0.0.1:1", "no LMCache server"),
+        ],
+    )
+    def test_what_is_wrong_is_said_before_vllm_starts(self, tiers: str, says: str, monkeypatch):
+        monkeypatch.setattr(serve.os, "execv", lambda *_: pytest.fail("vLLM was started"))
+        outcome = RUNNER.invoke(app, ["model", "--tiers", tiers])
+        assert isinstance(outcome.exception, ConfigError)
+        assert says in str(outcome.exception)

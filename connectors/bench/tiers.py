@@ -1,0 +1,198 @@
+"""`kvlane bench tiers`: what storing KV in the tiers of a node and loading it from them costs.
+
+Measured from an engine's cache through LMCache's server and back, as an engine's connector does it. Beside
+it, in the same run and with the same bytes: memcpy; plain files of a chunk each; plain PUT and GET of awscrt.
+"""
+
+from __future__ import annotations
+
+import os
+import socket
+import statistics
+import subprocess
+import tempfile
+import time
+from collections.abc import Callable, Iterator
+from contextlib import ExitStack, contextmanager, suppress
+from dataclasses import replace
+from pathlib import Path
+
+import httpx
+from rich.console import Console
+
+from connectors.bench.tier_engine import CHUNK_BYTES, TierEngine
+from connectors.bench.transport import memcpy_s
+from connectors.errors import BenchFailed
+from connectors.tiers.node import server_command
+from connectors.tiers.s3_location import S3Location
+from connectors.tiers.spec import Bucket, Disk, Tiers
+from kvindex.figures import Figure
+
+ROUNDS = 5
+_PATIENCE_S = 120.0
+_CPU_BYTES = 1 << 30
+
+
+def run(directory: Path | None, bucket: S3Location | None, num_chunks: int, console: Console) -> list[Figure]:
+    """Measure and return the figures.
+
+    Args:
+        directory: where the disk tier's files go for the time; None: a temporary directory.
+        bucket: where S3 is; None: S3 is not measured.
+        num_chunks: of one transfer, 8 MiB each.
+        console: for progress.
+
+    Raises:
+        BenchFailed: LMCache's server did not come up, or lost what it was given.
+    """
+    figures: list[Figure] = []
+    with tempfile.TemporaryDirectory(dir=directory) as scratch:
+        folder = Path(scratch)
+        base = Tiers(cpu_bytes=_CPU_BYTES, port=_free_port())
+        console.print(f"CPU memory, {num_chunks} chunks")
+        figures += _cpu(base, num_chunks)
+        console.print("disk")
+        figures += _disk(replace(base, disk=Disk(folder / "tier", 0)), folder / "plain", num_chunks)
+        if bucket is not None:
+            console.print(bucket.url)
+            figures += _s3(replace(base, s3=Bucket(bucket, 0)), bucket, num_chunks)
+    return figures
+
+
+def _cpu(tiers: Tiers, num_chunks: int) -> list[Figure]:
+    with _engine(tiers, num_chunks) as engine:
+        store = _rate(num_chunks, lambda: engine.store(num_chunks))
+        load = _rate(num_chunks, lambda: engine.load(num_chunks))
+        one_store = _median(lambda: engine.store(1))
+        one_load = _median(lambda: engine.load(1))
+    copy = _rate(num_chunks, lambda: memcpy_s("cpu", num_chunks * CHUNK_BYTES))
+    return [
+        Figure("tiers.memcpy_gb_s", copy, "GB/s"),
+        Figure("tiers.cpu_store_gb_s", store, "GB/s", None, "memcpy", copy),
+        Figure("tiers.cpu_load_gb_s", load, "GB/s", None, "memcpy", copy),
+        Figure("tiers.cpu_store_chunk_ms", one_store * 1000, "ms"),
+        Figure("tiers.cpu_load_chunk_ms", one_load * 1000, "ms"),
+        Figure("tiers.cpu_over_memcpy", min(store, load) / copy, "", ">= 0.5", "memcpy, GB/s", copy),
+    ]
+
+
+def _disk(tiers: Tiers, plain: Path, num_chunks: int) -> list[Figure]:
+    plain.mkdir()
+    with _engine(tiers, num_chunks) as engine:
+        write = _rate(num_chunks, lambda: _write_files(plain, num_chunks))
+        read = _rate(num_chunks, lambda: _read_files(plain, num_chunks))
+        store, load, one = _second_level(engine, num_chunks)
+    worst, medium = min((store / write, write), (load / read, read))
+    return [
+        Figure("tiers.file_write_gb_s", write, "GB/s"),
+        Figure("tiers.file_read_gb_s", read, "GB/s"),
+        Figure("tiers.disk_store_gb_s", store, "GB/s", None, "plain file", write),
+        Figure("tiers.disk_load_gb_s", load, "GB/s", None, "plain file", read),
+        Figure("tiers.disk_load_chunk_ms", one * 1000, "ms"),
+        Figure("tiers.disk_over_file", worst, "", ">= 0.7", "plain file, GB/s", medium),
+    ]
+
+
+def _s3(tiers: Tiers, bucket: S3Location, num_chunks: int) -> list[Figure]:
+    from connectors.bench.plain_s3 import PlainS3
+
+    client = PlainS3(bucket)
+    contents = [os.urandom(CHUNK_BYTES) for _ in range(num_chunks)]
+    with _engine(tiers, num_chunks) as engine:
+        put = _rate(num_chunks, lambda: client.put(contents))
+        get = _rate(num_chunks, lambda: client.get(num_chunks, CHUNK_BYTES))
+        store, load, one = _second_level(engine, num_chunks)
+    client.clear(num_chunks)
+    worst, medium = min((store / put, put), (load / get, get))
+    return [
+        Figure("tiers.client_put_gb_s", put, "GB/s"),
+        Figure("tiers.client_get_gb_s", get, "GB/s"),
+        Figure("tiers.s3_store_gb_s", store, "GB/s", None, "plain client", put),
+        Figure("tiers.s3_load_gb_s", load, "GB/s", None, "plain client", get),
+        Figure("tiers.s3_load_chunk_ms", one * 1000, "ms"),
+        Figure("tiers.s3_over_client", worst, "", ">= 0.7", "plain client, GB/s", medium),
+    ]
+
+
+def _second_level(engine: TierEngine, num_chunks: int) -> tuple[float, float, float]:
+    """Return what is behind CPU memory: rates of store and load, and the seconds to load one chunk."""
+
+    def store() -> float:
+        started = time.perf_counter()
+        engine.store(num_chunks)
+        engine.settle()
+        return time.perf_counter() - started
+
+    def load(size: int) -> float:
+        engine.clear_memory()
+        return engine.load(size)
+
+    stored = _rate(num_chunks, store)
+    return stored, _rate(num_chunks, lambda: load(num_chunks)), _median(lambda: load(1))
+
+
+@contextmanager
+def _engine(tiers: Tiers, num_chunks: int) -> Iterator[TierEngine]:
+    command = server_command(tiers, None, ())
+    with ExitStack() as stack:
+        log = stack.enter_context(tempfile.NamedTemporaryFile(prefix="kvlane-bench-", suffix=".log"))
+        environment = {"LMCACHE_TRACK_USAGE": "false", **os.environ}
+        server = subprocess.Popen(command, env=environment, stdout=log, stderr=log)  # noqa: S603 - our own
+        stack.callback(server.wait)
+        stack.callback(server.terminate)
+        api = f"http://127.0.0.1:{tiers.port + 1}"
+        deadline_s = time.monotonic() + _PATIENCE_S
+        while not _is_up(api):
+            if server.poll() is not None or time.monotonic() > deadline_s:
+                raise BenchFailed(f"LMCache's server did not come up: {Path(log.name).read_text()[-500:]}")
+            time.sleep(0.2)
+        engine = TierEngine(tiers.address, api, num_chunks)
+        stack.callback(engine.close)
+        yield engine
+
+
+def _is_up(api: str) -> bool:
+    try:
+        return httpx.get(f"{api}/healthcheck", timeout=5).status_code == 200
+    except httpx.TransportError:
+        return False
+
+
+def _rate(num_chunks: int, measure: Callable[[], float]) -> float:
+    return num_chunks * CHUNK_BYTES / _median(measure) / 1e9
+
+
+def _median(measure: Callable[[], float]) -> float:
+    """Return the median of several rounds; the first warms up."""
+    measure()
+    return statistics.median(measure() for _ in range(ROUNDS))
+
+
+def _write_files(folder: Path, num_files: int) -> float:
+    content = memoryview(bytearray(CHUNK_BYTES))
+    started = time.perf_counter()
+    for index in range(num_files):
+        scratch = folder / f"{index}.tmp"
+        with scratch.open("wb", buffering=0) as file:
+            file.write(content)
+        scratch.replace(folder / str(index))
+    return time.perf_counter() - started
+
+
+def _read_files(folder: Path, num_files: int) -> float:
+    buffer = memoryview(bytearray(CHUNK_BYTES))
+    started = time.perf_counter()
+    for index in range(num_files):
+        with (folder / str(index)).open("rb", buffering=0) as file:
+            file.readinto(buffer)
+    return time.perf_counter() - started
+
+
+def _free_port() -> int:
+    """Return a port that is free, as is the next one, where the server's HTTP API is."""
+    while True:
+        with socket.socket() as first, socket.socket() as second, suppress(OSError):
+            first.bind(("127.0.0.1", 0))
+            port: int = first.getsockname()[1]
+            second.bind(("127.0.0.1", port + 1))
+            return port

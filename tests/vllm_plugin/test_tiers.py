@@ -1,0 +1,306 @@
+"""Real engines, LMCache servers, a disk and S3: what one engine has computed another reads, or computes."""
+
+import asyncio
+import json
+import os
+import random
+import signal
+from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import ExitStack
+from pathlib import Path
+from typing import NamedTuple
+
+import pytest
+
+from kvindex.blocks import Pool
+from kvindex.chunks import chunk_blocks, chunk_pool, hash_chunks
+from kvindex.config import index_config
+from kvindex.redis_index import RedisIndexReader
+from tests.support.lora_adapter import make_adapter
+from tests.support.ports import free_port_pair, free_ports
+from tests.support.tiers import (
+    BUCKET,
+    S3Server,
+    TierEngine,
+    TierNode,
+    environment,
+    s3_server,
+    tier_node,
+)
+from tests.support.vllm_engine import BLOCK_SIZE, MODEL_NAME, start_engine, tiny_model
+from tests.support.waiting import eventually
+
+pytestmark = pytest.mark.vllm
+
+PATIENCE_S = 120.0
+CHUNK = 256
+PREFIX = "fleet/one"
+# On a busy machine a server that is slow to answer is given up for a while, and nothing is stored then.
+PATIENT = {"lmcache.mp.heartbeat_interval": 5, "lmcache.mp.mq_timeout": 30}
+
+draw = random.Random(11)
+
+
+def prompt(num_tokens: int) -> list[int]:
+    return [draw.randrange(100, 1_000) for _ in range(num_tokens)]
+
+
+class Fleet(NamedTuple):
+    """Two nodes that share a bucket: the first has a disk as well, the second only memory."""
+
+    first: TierEngine
+    second: TierEngine
+    disk: Path
+    s3: S3Server
+
+    def files(self) -> list[Path]:
+        return sorted(self.disk.glob("*.data"))
+
+
+@pytest.fixture(scope="module")
+def fleet(redis_server: str, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Fleet]:
+    model = tiny_model()
+    folder = tmp_path_factory.mktemp("tiers")
+    for seed, name in enumerate(("one", "two")):
+        make_adapter(folder / name, model, seed=seed)
+    lora = ["--enable-lora", "--max-lora-rank", "8", "--max-loras", "2", "--lora-modules"]
+    lora += [f"{name}={folder / name}" for name in ("one", "two")]
+    ports = free_ports(2)
+    with ExitStack() as stack, ThreadPoolExecutor(2) as pool:
+        s3 = stack.enter_context(s3_server())
+        bucket = f"s3=s3://{BUCKET}/{PREFIX}?endpoint={s3.url}"
+        first = TierNode(free_port_pair())
+        stack.callback(first.stop)
+        second = stack.enter_context(
+            tier_node(f"cpu=256MiB,{bucket}", free_port_pair(), redis_url=redis_server)
+        )
+        tiers = (
+            # The first engine starts its node's server, the second joins one.
+            f"cpu=256MiB,disk={folder / 'disk'}:1GB,{bucket},port={first.port}",
+            f"lmcache={second.address},api=127.0.0.1:{second.port + 1}",
+        )
+        starts = [
+            pool.submit(
+                stack.enter_context,
+                start_engine(
+                    port,
+                    *("--tiers", spec, "--max-num-batched-tokens", "1024", *lora),
+                    *("--kv-transfer-config", json.dumps({"kv_connector_extra_config": PATIENT})),
+                    command=("kvlane", "serve"),
+                    env=environment(redis_server),
+                ),
+            )
+            for port, spec in zip(ports, tiers, strict=True)
+        ]
+        engines = [start.result() for start in starts]
+        yield Fleet(TierEngine(engines[0], first), TierEngine(engines[1], second), folder / "disk", s3)
+
+
+async def stored(fleet: Fleet, prompts: list[list[int]], **fields: object) -> list[list[int]]:
+    """Have the first engine compute prompts; return its outputs once all chunks are on disk and in S3."""
+    num_files, num_keys = len(fleet.files()), len(fleet.s3.keys(PREFIX))
+    outputs = await fleet.first.complete_all(prompts, **fields)
+    num_chunks = sum(len(each) // CHUNK for each in prompts)
+    await eventually(
+        lambda: (
+            len(fleet.files()) == num_files + num_chunks
+            and len(fleet.s3.keys(PREFIX)) == num_keys + num_chunks
+        ),
+        PATIENCE_S,
+    )
+    return outputs
+
+
+async def loaded(
+    engine: TierEngine, prompts: list[list[int]], **fields: object
+) -> tuple[list[list[int]], int]:
+    """Return an engine's outputs, and how many tokens it did not compute itself, with its own cache empty."""
+    await engine.forget()
+    before = await engine.num_hit_tokens()
+    outputs = await engine.complete_all(prompts, **fields)
+    return outputs, int(await engine.num_hit_tokens() - before)
+
+
+async def test_another_node_loads_from_s3_what_it_never_computed(fleet: Fleet):
+    prompts = [prompt(2 * CHUNK + 40) for _ in range(100)]
+    computed = await stored(fleet, prompts)
+    before = fleet.second.node.num_loads("s3")
+    assert await loaded(fleet.second, prompts) == (computed, 100 * 2 * CHUNK)
+    await eventually(lambda: fleet.second.node.num_loads("s3") > before, PATIENCE_S)
+
+
+async def test_the_index_says_which_tiers_have_a_prompt_and_who_reaches_them(fleet: Fleet, redis_server: str):
+    tokens = prompt(2 * CHUNK)
+    reader = RedisIndexReader(index_config(redis_server))
+    _, workers = await reader.workers(Pool(MODEL_NAME, BLOCK_SIZE))
+    first, second = (
+        next(each.worker.tiers for each in workers if each.worker.endpoint == engine.engine.endpoint)
+        for engine in (fleet.first, fleet.second)
+    )
+    assert first is not None
+    assert second is not None
+    assert (first.model, first.chunk_size) == (second.model, second.chunk_size) == (second.model, CHUNK)
+    assert len(set(first.stores)) == 3
+    (shared,) = set(first.stores) & set(second.stores)
+    assert shared == fleet.s3.location(PREFIX).url
+    pool = chunk_pool(first.model, CHUNK)
+    blocks = chunk_blocks(hash_chunks(tokens, CHUNK), "", 1)
+
+    async def holders() -> list[set[str]]:
+        _, stores = await reader.stores(pool)
+        names = {each.slot: each.store.name for each in stores}
+        found = await reader.holders_of(pool, blocks)
+        return [{names[slot] for slot in found[block] if slot in names} for block in blocks]
+
+    async def everywhere() -> bool:
+        return await holders() == [set(first.stores)] * 2
+
+    async def in_the_bucket() -> bool:
+        return await holders() == [{shared}] * 2
+
+    await stored(fleet, [tokens])
+    await eventually(everywhere, PATIENCE_S)
+    fleet.first.node.clear_memory()
+    for file in fleet.files():
+        file.unlink()
+    await eventually(in_the_bucket, PATIENCE_S)
+    await reader.close()
+
+
+async def test_an_engine_that_lost_its_memory_loads_from_disk(fleet: Fleet):
+    prompts = [prompt(3 * CHUNK + 1) for _ in range(4)]
+    computed = await stored(fleet, prompts)
+    fleet.first.node.clear_memory()
+    disk, s3 = fleet.first.node.num_loads("disk"), fleet.first.node.num_loads("s3")
+    assert await loaded(fleet.first, prompts) == (computed, 4 * 3 * CHUNK)
+    await eventually(lambda: fleet.first.node.num_loads("disk") > disk, PATIENCE_S)
+    assert fleet.first.node.num_loads("s3") == s3
+
+
+async def test_a_prompt_is_loaded_as_far_as_it_was_stored(fleet: Fleet):
+    start = prompt(2 * CHUNK)
+    await stored(fleet, [start])
+    longer = start + prompt(3 * CHUNK)
+    _, num_hit_tokens = await loaded(fleet.first, [longer])
+    assert num_hit_tokens == 2 * CHUNK
+    # The whole of a prompt is never loaded: its last token is computed.
+    assert (await loaded(fleet.first, [start]))[1] == 2 * CHUNK - 1
+
+
+OWNERS = [{}, {"model": "one"}, {"model": "two"}, {"cache_salt": "a"}, {"model": "one", "cache_salt": "a"}]
+
+
+@pytest.mark.parametrize("tier", ["cpu", "disk", "s3"])
+async def test_adapters_and_salts_share_nothing(fleet: Fleet, tier: str):
+    tokens = prompt(2 * CHUNK + 9)
+    engine = fleet.second if tier == "s3" else fleet.first
+
+    def num_kept() -> int:
+        return len(fleet.s3.keys(PREFIX) if tier == "s3" else fleet.files())
+
+    outputs = []
+    for owner in OWNERS:
+        before = num_kept()
+        # The same tokens are there, of all owners before.
+        computed, num_hit_tokens = await loaded(engine, [tokens], **owner)
+        assert num_hit_tokens == 0
+        outputs += computed
+        await eventually(lambda wanted=before + 2: num_kept() == wanted, PATIENCE_S)
+        if tier != "cpu":
+            engine.node.clear_memory()
+    assert len({tuple(output) for output in outputs}) == 3, "the adapters make a difference"
+    for owner, output in zip(OWNERS, outputs, strict=True):
+        assert await loaded(engine, [tokens], **owner) == ([output], 2 * CHUNK)
+
+
+def damage(files: list[Path]) -> None:
+    """Damage files in every way that a disk or a person can."""
+    flipped, truncated, longer, emptied, mistaken, other = files
+    content = bytearray(flipped.read_bytes())
+    content[len(content) // 2] ^= 1
+    flipped.write_bytes(content)
+    os.truncate(truncated, truncated.stat().st_size - 1)
+    with longer.open("ab") as file:
+        file.write(b"0")
+    emptied.write_bytes(b"")
+    mistaken.write_bytes(other.read_bytes())
+
+
+async def test_damaged_files_are_computed_again_and_replaced(fleet: Fleet):
+    before, keys = set(fleet.files()), set(fleet.s3.keys(PREFIX))
+    prompts = [prompt(CHUNK + 20) for _ in range(6)]
+    computed = await stored(fleet, prompts)
+    files = sorted(set(fleet.files()) - before)
+    contents = [file.read_bytes() for file in files]
+    client = fleet.s3.client()
+    for key in set(fleet.s3.keys(PREFIX)) - keys:
+        client.delete_object(Bucket=BUCKET, Key=key)
+    damage(files)
+    fleet.first.node.clear_memory()
+    # One is whole.
+    assert await loaded(fleet.first, prompts) == (computed, CHUNK)
+    await eventually(lambda: [file.exists() and file.read_bytes() for file in files] == contents, PATIENCE_S)
+
+
+async def test_damaged_and_missing_objects_are_computed(fleet: Fleet):
+    before = set(fleet.s3.keys(PREFIX))
+    prompts = [prompt(CHUNK + 20) for _ in range(6)]
+    computed = await stored(fleet, prompts)
+    flipped, truncated, longer, mistaken, missing, whole = sorted(set(fleet.s3.keys(PREFIX)) - before)
+    client = fleet.s3.client()
+
+    def content(key: str) -> bytes:
+        return client.get_object(Bucket=BUCKET, Key=key)["Body"].read()
+
+    first = content(flipped)
+    for key, body in {
+        flipped: first[:100] + bytes([first[100] ^ 1]) + first[101:],
+        truncated: content(truncated)[:-1],
+        longer: content(longer) + b"0" * 100_000,
+        mistaken: content(whole),
+    }.items():
+        client.put_object(Bucket=BUCKET, Key=key, Body=body)
+    client.delete_object(Bucket=BUCKET, Key=missing)
+    assert await loaded(fleet.second, prompts) == (computed, CHUNK)
+
+
+async def test_a_server_that_is_killed_costs_hits_and_no_answers(fleet: Fleet):
+    prompts = [prompt(2 * CHUNK + 5) for _ in range(4)]
+    computed = await stored(fleet, prompts)
+    node = fleet.first.node
+    died = node.server_pid()
+    os.kill(died, signal.SIGKILL)
+    outputs, _ = await loaded(fleet.first, prompts)
+    assert outputs == computed
+    await eventually(lambda: node.is_up() and node.server_pid() != died, PATIENCE_S)
+
+    async def hits() -> bool:
+        outputs, num_hit_tokens = await loaded(fleet.first, prompts)
+        assert outputs == computed
+        return num_hit_tokens == 4 * 2 * CHUNK
+
+    await eventually(hits, PATIENCE_S)
+
+
+async def test_requests_that_are_aborted_leave_nothing_in_use(fleet: Fleet):
+    prompts = [prompt(3 * CHUNK) for _ in range(6)]
+    await stored(fleet, prompts)
+    fleet.first.node.clear_memory()
+    await fleet.first.forget()
+    tasks = [asyncio.create_task(fleet.first.complete(each, 200)) for each in prompts]
+    for task in tasks:
+        await asyncio.sleep(0.02)
+        task.cancel()
+    await asyncio.gather(*tasks, return_exceptions=True)
+    await fleet.first.forget()  # refused while a block is in use
+
+
+async def test_a_bucket_that_is_gone_switches_itself_off(fleet: Fleet):
+    fleet.s3.process.kill()
+    prompts = [prompt(2 * CHUNK + 5) for _ in range(4)]
+    computed = await fleet.first.complete_all(prompts)
+    await eventually(lambda: len(fleet.files()) >= 8, PATIENCE_S)
+    assert (await loaded(fleet.second, prompts)) == (computed, 0)
+    fleet.first.node.clear_memory()
+    assert (await loaded(fleet.first, prompts))[0] == computed

@@ -1,0 +1,157 @@
+"""Tiers as the scheduler sees them: LMCache's connector as a child, and what it must not be asked.
+
+On the engine's thread, between two steps.
+
+Source: LMCache 0.5.6 `lmcache/integration/vllm/lmcache_mp_connector.py`.
+"""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Any
+
+from lmcache.integration.vllm.lmcache_mp_connector import LMCacheMPConnector
+
+from kvindex.stores import LOAD_KEY
+from kvindex.worker import TierAccess
+from vllm_plugin import compat
+from vllm_plugin.compat import KVConnectorRole
+from vllm_plugin.tier_request import TierRequest
+
+if TYPE_CHECKING:
+    from collections.abc import Iterable, Mapping
+
+    from vllm.config import VllmConfig
+    from vllm.distributed.kv_events import KVCacheEvent
+    from vllm.v1.core.block_pool import BlockPool
+    from vllm.v1.core.kv_cache_manager import KVCacheBlocks
+    from vllm.v1.core.sched.output import SchedulerOutput
+    from vllm.v1.kv_cache_interface import KVCacheConfig
+    from vllm.v1.outputs import KVConnectorOutput
+    from vllm.v1.request import Request
+
+    from vllm_plugin.config import WorkerConfig
+
+
+class TierScheduler:
+    """The scheduler's part of loading from and storing to the node's LMCache server."""
+
+    def __init__(self, vllm_config: VllmConfig, kv_cache_config: KVCacheConfig, config: WorkerConfig) -> None:
+        child_config = compat.tier_config(vllm_config, kv_cache_config, config.tiers)
+        self._child: Any = LMCacheMPConnector(child_config, KVConnectorRole.SCHEDULER, kv_cache_config)
+        adapter = self._child.scheduler_adapter
+        self.access = TierAccess(
+            model=adapter.model_name,
+            chunk_size=adapter.lmcache_tokens_per_chunk,
+            world_size=adapter.world_size,
+            stores=tuple(config.tier_stores),
+        )
+        self._passed_over: set[str] = set()
+        """Requests that the child counts as having nothing in the tiers."""
+
+    def start(self, block_pool: BlockPool) -> None:
+        """Hand over the scheduler's pool of blocks."""
+        self._child.bind_gpu_block_pool(block_pool)
+
+    def stop(self) -> None:
+        """Let go of the server."""
+        self._child.shutdown()
+
+    def reset(self) -> bool:
+        """Have the server drop what nobody uses; return whether it did."""
+        return bool(self._child.reset_cache())
+
+    def on_new_request(self, request: Request) -> None:
+        """Note a request; with `lmcache.mp.eager_prefetch` its chunks come near while it waits."""
+        if _may_load(request):
+            self._child.on_new_request(TierRequest(request))
+
+    def num_external_tokens(self, request: Request, num_computed_tokens: int) -> int | None:
+        """Return how many tokens after the first `num_computed_tokens` the tiers have; None: ask again."""
+        if not _may_load(request):
+            self.pass_over(request, num_computed_tokens)
+            return 0
+        if request.request_id in self._passed_over:
+            # Nothing of the request is left in the engine: it begins anew.
+            self._forget(request.request_id)
+        count, _ = self._child.get_num_new_matched_tokens(TierRequest(request), num_computed_tokens)
+        return None if count is None else int(count)
+
+    def pass_over(self, request: Request, num_computed_tokens: int) -> None:
+        """Note a request that loads nothing from the tiers; what it computes is stored."""
+        tracker = self._child._get_or_create_request_tracker(TierRequest(request))
+        aligned = self._child._hit_alignment_tokens
+        tracker.num_vllm_hit_tokens = num_computed_tokens // aligned * aligned
+        self._passed_over.add(request.request_id)
+
+    def is_passed_over(self, request_id: str) -> bool:
+        """Whether a request loads nothing from the tiers."""
+        return request_id in self._passed_over
+
+    def on_alloc(self, request: Request, blocks: KVCacheBlocks, num_external_tokens: int) -> None:
+        """Have a request's blocks filled, now that it has them."""
+        self._child.update_state_after_alloc(request, blocks, num_external_tokens)
+
+    def build_metadata(self, output: SchedulerOutput) -> Any:  # noqa: ANN401 - LMCache's
+        """Return what the workers need to know of a step."""
+        metadata = self._child.build_connector_meta(output)
+        num_computed = {
+            step.request_id: step.num_computed_tokens + step.num_scheduled_tokens
+            for step in compat.scheduled(output)
+        }
+        metadata.requests, early = split_early_stores(metadata.requests, num_computed)
+        for part in early:
+            self._child.request_trackers[part.request_id].num_stored_tokens = part.op.start
+        return metadata
+
+    def update(self, output: KVConnectorOutput) -> None:
+        """Take what the workers have to say."""
+        self._child.update_connector_output(output)
+
+    def request_finished(
+        self, request: Request, block_ids: tuple[list[int], ...]
+    ) -> tuple[bool, dict[str, Any] | None]:
+        """Note the end of a request; return whether its blocks are needed, and what the client is told."""
+        self._passed_over.discard(request.request_id)
+        if request.request_id not in self._child.request_trackers:
+            # It ended before it was ever looked at.
+            self._child._get_or_create_request_tracker(TierRequest(request))
+        held, params = self._child.request_finished_all_groups(request, block_ids)
+        return bool(held), params
+
+    def take_events(self) -> Iterable[KVCacheEvent]:
+        """Return what LMCache adds to the engine's KV events."""
+        events: Iterable[KVCacheEvent] = self._child.take_events()
+        return events
+
+    def has_pending_push_work(self) -> bool:
+        """Whether the engine must go on stepping for stores under way."""
+        return bool(self._child.has_pending_push_work())
+
+    def _forget(self, request_id: str) -> None:
+        self._passed_over.discard(request_id)
+        self._child.request_trackers.pop(request_id, None)
+
+
+def split_early_stores(parts: list[Any], num_computed: Mapping[str, int]) -> tuple[list[Any], list[Any]]:
+    """Return LMCache's orders of a step, and apart from them stores of what the step does not complete.
+
+    After a load that was refused or failed, LMCache counts what was promised as if it had come; so stored, a
+    chunk would be wrong for everyone after.
+
+    Args:
+        parts: loads and stores (`LMCacheMPRequestMetadata`).
+        num_computed: by request, leading tokens that are in its blocks when the step is done.
+    """
+    early = [
+        part
+        for part in parts
+        if part.direction == "STORE" and part.op.end > num_computed.get(part.request_id, part.op.end)
+    ]
+    return [part for part in parts if part not in early], early
+
+
+def _may_load(request: Request) -> bool:
+    if request.skip_reading_prefix_cache:
+        return False
+    params = request.kv_transfer_params
+    return not params or params.get(LOAD_KEY) is not False
