@@ -128,6 +128,8 @@ def _second_level(engine: TierEngine, num_chunks: int) -> tuple[float, float, fl
         return engine.load(size)
 
     stored = _rate(num_chunks, store)
+    engine.store(1)
+    engine.settle()
     return stored, _rate(num_chunks, lambda: load(num_chunks)), _median(lambda: load(1))
 
 
