@@ -109,8 +109,8 @@ def envoy(
         return
     check_free(listen, "--listen")
     check_free(admin, "--admin")
-    # The base id is Envoy's key to its shared memory: several on one machine must differ.
-    command = [binary(), "--config-yaml", config, "--use-dynamic-base-id", *(arguments or ())]
+    # For a hot restart it would keep shared memory, which it leaves behind.
+    command = [binary(), "--config-yaml", config, "--disable-hot-restart", *(arguments or ())]
     os.execv(command[0], command)  # noqa: S606 (no shell)
 
 

@@ -236,6 +236,7 @@ def test_up_serves_until_it_is_interrupted_and_leaves_nothing(tmp_path: Path):
     listen = free_address()
     command = [sys.executable, "-m", "kvindex.cli", "up", str(tiny_model()), "--workers", "1"]
     command += ["--listen", listen, "--logs", str(tmp_path / "logs"), *ENGINE]
+    shared = set(Path("/dev/shm").glob("envoy*"))
     with (tmp_path / "up.log").open("w+") as log:
         up = subprocess.Popen(command, env=os.environ | {"TMPDIR": str(tmp_path)}, stderr=log)
         try:
@@ -257,3 +258,4 @@ def test_up_serves_until_it_is_interrupted_and_leaves_nothing(tmp_path: Path):
         time.sleep(0.1)
     left = {path.name for path in tmp_path.iterdir()} - {"logs", "up.log"}
     assert not {name for name in left if name.startswith("kvlane")}
+    assert set(Path("/dev/shm").glob("envoy*")) <= shared

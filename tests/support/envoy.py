@@ -118,7 +118,7 @@ def run_envoy(config: str, directory: Path) -> Iterator[subprocess.Popen[bytes]]
     file = directory / "envoy.yaml"
     file.write_text(config)
     with (directory / "envoy.log").open("wb") as log:
-        command = [ENVOY, "-c", file, "--use-dynamic-base-id", "--concurrency", "1", "-l", "info"]
+        command = [ENVOY, "-c", file, "--disable-hot-restart", "--concurrency", "1", "-l", "info"]
         process = subprocess.Popen(command, stdout=log, stderr=log)
         try:
             yield process
