@@ -36,12 +36,21 @@ class ChunkKey(msgspec.Struct, frozen=True, kw_only=True):
 
     chunk_hash: bytes
     model: str
-    world_size: int
-    """Tensor and pipeline parallel ranks of the engine; each has an object of its own."""
-    rank: int
+    kv_rank: int
+    """World size, rank, local world size and local rank, one byte each."""
     group_idx: int
     """KV cache group, of a server that keeps them apart."""
     salt: str
+
+    @property
+    def world_size(self) -> int:
+        """Tensor and pipeline parallel ranks of the engine; each has an object of its own."""
+        return self.kv_rank >> 24
+
+    @property
+    def rank(self) -> int:
+        """Which of them this is of."""
+        return self.kv_rank >> 16 & 0xFF
 
     @property
     def block(self) -> BlockHash:
@@ -108,24 +117,25 @@ def _fold(chunk_hash: bytes, salt: str, world_size: int) -> BlockHash:
 def read_key(chunk_hash_hex: str, model: str, kv_rank: int, group_idx: int, salt: str) -> ChunkKey:
     """Return the key of an object.
 
-    Args:
-        kv_rank: world size, rank, local world size and local rank, one byte each.
-
     Raises:
         ValueError: no chunk has such a key.
     """
     chunk_hash = bytes.fromhex(chunk_hash_hex)
-    world_size, rank = kv_rank >> 24, kv_rank >> 16 & 0xFF
-    if len(chunk_hash) != CHUNK_HASH_BYTES or not 0 <= rank < world_size <= 0xFF or group_idx < 0:
+    key = ChunkKey(chunk_hash=chunk_hash, model=model, kv_rank=kv_rank, group_idx=group_idx, salt=salt)
+    if len(chunk_hash) != CHUNK_HASH_BYTES or not 0 <= key.rank < key.world_size <= 0xFF or group_idx < 0:
         raise ValueError(f"not the key of a chunk: {chunk_hash_hex} rank {kv_rank:#x} group {group_idx}")
-    return ChunkKey(
-        chunk_hash=chunk_hash,
-        model=model,
-        world_size=world_size,
-        rank=rank,
-        group_idx=group_idx,
-        salt=salt,
-    )
+    return key
+
+
+def write_key(key: ChunkKey) -> dict[str, str | int]:
+    """Return the form of a key that LMCache's HTTP API takes, which `read_key` reads."""
+    return {
+        "chunk_hash_hex": key.chunk_hash.hex(),
+        "model_name": key.model,
+        "kv_rank": key.kv_rank,
+        "object_group_id": key.group_idx,
+        "cache_salt": key.salt,
+    }
 
 
 def read_file_name(name: str) -> ChunkKey:

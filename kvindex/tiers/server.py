@@ -14,7 +14,7 @@ from typing import Any
 import httpx
 import msgspec
 
-from kvindex.chunks import read_file_name
+from kvindex.chunks import read_file_name, write_key
 from kvindex.errors import ConfigError, MalformedEvent, StoreUnavailable
 from kvindex.tiers.events import Listed, decode_page
 from kvindex.worker import Tier
@@ -119,6 +119,34 @@ def list_place(client: httpx.Client, url: str, place: Place) -> list[Listed]:
             return found
 
 
+def clear_memory(client: httpx.Client, url: str) -> None:
+    """Have a server forget what it has in memory, but for what is being read or written.
+
+    Raises:
+        StoreUnavailable: it does not.
+    """
+    _send(client, "POST", f"{url}/cache/clear", {"tier": "l1"})
+
+
+def empty_place(client: httpx.Client, url: str, place: Place) -> int:
+    """Delete everything that a store of the second level holds; return how many objects that were.
+
+    Raises:
+        StoreUnavailable: it cannot be listed, or not all was deleted.
+    """
+    if place.listed_as is None:
+        raise StoreUnavailable(
+            f"LMCache deletes from the first adapter of a type, and {place.name} is not the first"
+        )
+    keys = [write_key(listed.key) for listed in list_place(client, url, place)]
+    for first in range(0, len(keys), _PAGE_SIZE):
+        body = {"tier": "l2", "adapter": place.listed_as, "keys": keys[first : first + _PAGE_SIZE]}
+        answer = msgspec.json.decode(_send(client, "DELETE", f"{url}/cache/objects", body))
+        if not answer.get("ok"):
+            raise StoreUnavailable(f"{place.name}: {answer.get('error', 'not everything was deleted')}")
+    return len(keys)
+
+
 def _place(instance_id: str, backend: str, adapter: dict[str, Any], *, is_first: bool) -> Place:
     """Read an adapter's settings; it is called by its type in events."""
     directory, bucket = adapter.get("base_path"), adapter.get("s3_endpoint")
@@ -161,10 +189,18 @@ def _get_json(client: httpx.Client, url: str) -> dict[str, Any]:
 
 
 def _get(client: httpx.Client, url: str, query: dict[str, str | int]) -> bytes:
+    return _answer(client, client.build_request("GET", url, params=query))
+
+
+def _send(client: httpx.Client, method: str, url: str, body: dict[str, Any]) -> bytes:
+    return _answer(client, client.build_request(method, url, json=body))
+
+
+def _answer(client: httpx.Client, request: httpx.Request) -> bytes:
     try:
-        answer = client.get(url, params=query)
+        answer = client.send(request)
     except httpx.HTTPError as error:
-        raise StoreUnavailable(f"{url} does not answer: {error}") from error
+        raise StoreUnavailable(f"{request.url} does not answer: {error}") from error
     if answer.status_code != HTTPStatus.OK:
-        raise StoreUnavailable(f"{url} answers {answer.status_code}: {answer.text[:200]}")
+        raise StoreUnavailable(f"{request.url} answers {answer.status_code}: {answer.text[:200]}")
     return answer.content

@@ -8,9 +8,14 @@ from pathlib import Path
 KVLANE = Path(sys.executable).with_name("kvlane")
 
 
-def kvlane(*arguments: str, **env: str) -> subprocess.CompletedProcess[str]:
-    """Run it to its end, with these variables beside our own."""
-    command = [KVLANE, *arguments]
+def kvlane(*arguments: str, stdin: str = "", **env: str) -> subprocess.CompletedProcess[str]:
+    """Run it to its end, with these variables beside our own, and say `stdin` to it."""
     return subprocess.run(
-        command, env=os.environ | env, capture_output=True, text=True, timeout=60, check=False
+        [KVLANE, *arguments],
+        env=os.environ | env,
+        input=stdin,
+        capture_output=True,
+        text=True,
+        timeout=240,
+        check=False,
     )

@@ -17,6 +17,7 @@ from kvindex.blocks import Pool
 from kvindex.chunks import chunk_blocks, chunk_pool, hash_chunks
 from kvindex.config import index_config
 from kvindex.redis_index import RedisIndexReader
+from tests.support.cli import kvlane
 from tests.support.lora_adapter import make_adapter
 from tests.support.ports import free_port_pair, free_ports
 from tests.support.tiers import (
@@ -294,6 +295,26 @@ async def test_requests_that_are_aborted_leave_nothing_in_use(fleet: Fleet):
         task.cancel()
     await asyncio.gather(*tasks, return_exceptions=True)
     await fleet.first.forget()  # refused while a block is in use
+
+
+async def test_tiers_are_warmed_and_emptied_by_command(fleet: Fleet, tmp_path: Path):
+    prompts = [prompt(2 * CHUNK + 5) for _ in range(3)]
+    file = tmp_path / "prompts.jsonl"
+    file.write_text("\n".join(json.dumps({"model": MODEL_NAME, "prompt": each}) for each in prompts))
+    num_files = len(fleet.files())
+    warmed = kvlane("tier", "warm", str(file), "--url", fleet.first.engine.url)
+    assert warmed.returncode == 0, warmed.stderr
+    assert f"3 of 3 prompts, {sum(map(len, prompts))} tokens" in warmed.stdout
+    await eventually(lambda: len(fleet.files()) == num_files + 6, PATIENCE_S)
+    server = ("--server", fleet.first.node.api)
+    assert kvlane("tier", "clear", "disk", *server, stdin="n").returncode == 1
+    assert len(fleet.files()) == num_files + 6
+    cleared = kvlane("tier", "clear", "cpu", "disk", "object", "--yes", *server)
+    assert cleared.returncode == 0, cleared.stderr
+    assert f"{num_files + 6} objects deleted" in cleared.stdout
+    assert (fleet.files(), fleet.s3.keys(PREFIX)) == ([], [])
+    _, num_tokens = await loaded(fleet.first, prompts)
+    assert num_tokens == 0
 
 
 async def test_a_bucket_that_is_gone_switches_itself_off(fleet: Fleet):

@@ -19,7 +19,7 @@ from kvindex.errors import ConfigError
 from kvindex.memory_index import MemoryIndex, MemoryIndexReader, MemoryIndexWriter
 from kvindex.redis_index import RedisIndexReader
 from kvindex.tiers.agent import TierAgent
-from kvindex.tiers.server import describe_server
+from kvindex.tiers.server import clear_memory, describe_server, empty_place
 from kvindex.worker import Tier
 from tests.support.lmcache_server import start_lmcache
 from tests.support.waiting import eventually
@@ -330,8 +330,14 @@ async def test_a_real_server_with_a_warm_disk(redis_url: str, tmp_path: Path):
             await eventually(lambda: is_known(*["node/fs"] * 3, ""), PATIENCE_S)
             server.kill()
             await eventually(lambda: is_known("", "", "", ""), PATIENCE_S)
-        with start_lmcache("node", agent.url, adapter, log=tmp_path / "log"):
+        with start_lmcache("node", agent.url, adapter, log=tmp_path / "log") as server:
             await eventually(lambda: is_known(*["node/fs"] * 3, ""), PATIENCE_S)
+            with httpx.Client(timeout=PATIENCE_S) as client:
+                (disk,) = describe_server(client, server.url).places
+                clear_memory(client, server.url)
+                assert empty_place(client, server.url, disk) == 3
+            await eventually(lambda: is_known("", "", "", ""), PATIENCE_S)
+            assert [file.name for file in directory.iterdir()] == ["half written.tmp"]
         await eventually(lambda: is_known("", "", "", ""), PATIENCE_S)
     finally:
         agent.stop()

@@ -21,8 +21,7 @@ def key(number: int, *, rank: int = 0, world_size: int = 1, model: str = "m", gr
     return ChunkKey(
         chunk_hash=number.to_bytes(32, "big"),
         model=model,
-        world_size=world_size,
-        rank=rank,
+        kv_rank=world_size << 24 | rank << 16 | world_size << 8 | rank,
         group_idx=group_idx,
         salt="",
     )
