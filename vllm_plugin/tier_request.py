@@ -19,12 +19,16 @@ _SAMPLE_BYTES = 64 << 10
 class TierRequest:
     """A request whose salt names the LoRA adapter as well; all else is the request's own.
 
+    LMCache would read settings from the parameters of a client, and end the engine at one of the wrong kind:
+    it sees none.
+
     A prompt of embeddings has no tokens that tell it from another: it gets a salt that nobody else has, and
     no prompt that could be stored.
     """
 
     def __init__(self, request: Request) -> None:
         self._request = request
+        self.sampling_params = None
         lora = request.lora_request
         self.cache_salt = chunk_salt(lora.lora_name if lora else None, request.cache_salt)
         if request.prompt_embeds is not None:

@@ -50,6 +50,16 @@ def test_embeddings_are_never_shared_and_never_stored():
     assert first.num_prompt_tokens == 0
 
 
+def test_lmcache_reads_no_settings_from_a_client():
+    from lmcache.integration.vllm.utils import extract_request_configs_from_request
+
+    given = request()
+    params = {"kv_transfer_params": {"lmcache.max_offload_tokens": "many"}}
+    given.sampling_params = SimpleNamespace(extra_args=params)
+    assert extract_request_configs_from_request(given)
+    assert extract_request_configs_from_request(TierRequest(given)) is None
+
+
 @pytest.fixture
 def weights(tmp_path: Path) -> Path:
     (tmp_path / "model.safetensors").write_bytes(bytes(1 << 20))
