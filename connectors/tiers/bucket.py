@@ -26,6 +26,7 @@ from lmcache.v1.distributed.l2_adapters.s3_l2_adapter import (
     _string_to_object_key,
 )
 
+from connectors.tiers import metrics
 from connectors.tiers.s3_location import S3Location
 from connectors.tiers.seal import SEAL_BYTES, is_sealed, seal
 from connectors.tiers.switch import Switch
@@ -74,7 +75,7 @@ class BucketTier(S3L2Adapter):
     """Chunks as objects of one bucket."""
 
     def __init__(self, config: BucketTierConfig) -> None:
-        self._switch = Switch(f"s3 {config.location.url}", config.pause_s)
+        self._switch = Switch("s3", config.location.url, config.pause_s)
         self._location = config.location
         self._deadline_s = config.deadline_s
         self._pool = ThreadPoolExecutor(2, thread_name_prefix="bucket-tier")
@@ -245,6 +246,7 @@ class BucketTier(S3L2Adapter):
         run = asyncio.get_running_loop().run_in_executor
         if num_received == size + SEAL_BYTES and await run(self._pool, is_sealed, name, content, found):
             return True
+        metrics.DAMAGED.labels("s3").inc()
         _log.warning("tier_object_damaged", tier="s3", object=name, size_bytes=num_received)
         await self._perform(
             s3.S3RequestType.DEFAULT, self._make_request("DELETE", name), operation="DeleteObject"

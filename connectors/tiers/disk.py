@@ -24,6 +24,7 @@ from lmcache.v1.distributed.l2_adapters.fs_l2_adapter import (
     _filename_to_object_key,
 )
 
+from connectors.tiers import metrics
 from connectors.tiers.seal import SEAL_BYTES, is_sealed, seal
 from connectors.tiers.switch import Switch
 
@@ -56,7 +57,7 @@ class DiskTier(FSL2Adapter):
     def __init__(self, config: DiskTierConfig) -> None:
         super().__init__(config)
         self._max_capacity_bytes = config.max_bytes
-        self._switch = Switch(f"disk {config.base_path}", config.pause_s)
+        self._switch = Switch("disk", str(config.base_path), config.pause_s)
         self._pool = ThreadPoolExecutor(config.num_threads, thread_name_prefix="disk-tier")
         self._is_counted = False
 
@@ -157,6 +158,7 @@ class DiskTier(FSL2Adapter):
             return False, None
         if is_whole and is_sealed(path.name, content, found):
             return True, None
+        metrics.DAMAGED.labels("disk").inc()
         _log.warning("tier_object_damaged", tier="disk", object=path.name, size_bytes=size)
         with suppress(OSError):
             path.unlink()

@@ -1,6 +1,6 @@
 """The table of every metric, from the registry itself.
 
-python -m tests.support.metrics_reference > docs/metrics.md
+python -m tests.support.metrics_reference
 """
 
 from __future__ import annotations
@@ -21,6 +21,7 @@ HEAD = """\
 
 Gateways serve them at `/metrics` of the admin port, publishers at `metrics_port`,
 agents of tiers at their own port (`tier_agent_port`),
+the LMCache servers of `kvlane tier serve` beside LMCache's own at their HTTP API,
 engines those of transfers at `transfer_metrics_port`. Durations are in seconds,
 sizes in bytes. Labels have few values: what a client sends is never one.
 [A dashboard](../deploy/grafana/kvlane.json) of them can be imported into Grafana.

@@ -98,6 +98,12 @@ class TierNode:
         )
         return sum(map(float, found))
 
+    def num_damaged(self, tier: str) -> float:
+        """Return how many files or objects of a tier were found damaged."""
+        text = httpx.get(f"{self.api}/metrics", timeout=PATIENCE_S).text
+        found = re.findall(rf'^kvlane_store_damaged_objects_total{{tier="{tier}"}} ([\d.e+]+)$', text, re.M)
+        return sum(map(float, found))
+
     def server_pid(self) -> int:
         """Return the process of LMCache's server."""
         listed = subprocess.run(

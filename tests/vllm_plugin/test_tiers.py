@@ -241,6 +241,7 @@ async def test_damaged_files_are_computed_again_and_replaced(fleet: Fleet):
     fleet.first.node.clear_memory()
     # One is whole.
     assert await loaded(fleet.first, prompts) == (computed, CHUNK)
+    assert fleet.first.node.num_damaged("disk") > 0
     await eventually(lambda: [file.exists() and file.read_bytes() for file in files] == contents, PATIENCE_S)
 
 
