@@ -12,7 +12,6 @@ import random
 import re
 import shlex
 import signal
-import socket
 import statistics
 import subprocess
 import sys
@@ -27,6 +26,7 @@ from typing import Any
 import httpx
 from rich.console import Console
 
+from connectors.bench.ports import free_ports
 from connectors.errors import BenchFailed
 from connectors.params import new_transfer_id
 from kvindex.figures import Figure
@@ -234,27 +234,42 @@ async def _gaps_ms(decode: Engine, ask: Ask | None, prompt: Callable[[], list[in
 
 @contextmanager
 def _engine(model: Path, device: str, link: str, engine_args: str, log: Path) -> Iterator[Engine]:
-    port, transfer_port, metrics_port = _free_ports(3)
+    port, transfer_port, metrics_port = free_ports(3)
     settings = {
         "kvlane.transfer_port": transfer_port,
         "kvlane.transfer_metrics_port": metrics_port,
         "kvlane.transport": "ucx",
     }
-    command = [
-        *(str(Path(sys.executable).with_name("kvlane")), "serve", str(model), "--served-model-name", NAME),
-        *("--host", "127.0.0.1", "--port", str(port)),
+    arguments = [
         *("--max-model-len", "4096", "--max-num-batched-tokens", str(STEP_TOKENS)),
         *("--kv-transfer-config", json.dumps({"kv_connector_extra_config": settings})),
         *shlex.split(engine_args),
     ]
     environment = {**(ONE_CORE_EACH if device == "cpu" else {}), **os.environ, "UCX_TLS": link}
+    with serving(model, port, arguments, environment, log):
+        yield Engine(port, transfer_port, metrics_port)
+
+
+@contextmanager
+def serving(
+    model: Path, port: int, arguments: Sequence[str], environment: Mapping[str, str], log: Path
+) -> Iterator[None]:
+    """Run `kvlane serve` as `NAME` on 127.0.0.1:`port` until the block ends; ready when entered.
+
+    Raises:
+        BenchFailed: it does not start; its last words are quoted.
+    """
+    command = [
+        *(str(Path(sys.executable).with_name("kvlane")), "serve", str(model), "--served-model-name", NAME),
+        *("--host", "127.0.0.1", "--port", str(port), *arguments),
+    ]
     with log.open("wb") as output:
         process = subprocess.Popen(  # noqa: S603 - our own command
             command, env=environment, stdout=output, stderr=subprocess.STDOUT, start_new_session=True
         )
     try:
         _wait_until_healthy(process, port, log)
-        yield Engine(port, transfer_port, metrics_port)
+        yield
     finally:
         os.killpg(process.pid, signal.SIGKILL)
         process.wait()
@@ -270,11 +285,3 @@ def _wait_until_healthy(process: subprocess.Popen[bytes], port: int, log: Path) 
             time.sleep(0.5)
     tail = "\n".join(log.read_text(errors="replace").splitlines()[-100:])
     raise BenchFailed(f"an engine does not start:\n{tail}")
-
-
-def _free_ports(count: int) -> Sequence[int]:
-    with ExitStack() as stack:
-        sockets = [stack.enter_context(socket.socket()) for _ in range(count)]
-        for each in sockets:
-            each.bind(("127.0.0.1", 0))
-        return [each.getsockname()[1] for each in sockets]

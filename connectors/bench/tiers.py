@@ -7,19 +7,19 @@ it, in the same run and with the same bytes: memcpy; plain files of a chunk each
 from __future__ import annotations
 
 import os
-import socket
 import statistics
 import subprocess
 import tempfile
 import time
 from collections.abc import Callable, Iterator
-from contextlib import ExitStack, contextmanager, suppress
+from contextlib import ExitStack, contextmanager
 from dataclasses import replace
 from pathlib import Path
 
 import httpx
 from rich.console import Console
 
+from connectors.bench.ports import free_pair
 from connectors.bench.tier_engine import CHUNK_BYTES, TierEngine
 from connectors.bench.transport import memcpy_s
 from connectors.errors import BenchFailed
@@ -48,7 +48,7 @@ def run(directory: Path | None, bucket: S3Location | None, num_chunks: int, cons
     figures: list[Figure] = []
     with tempfile.TemporaryDirectory(dir=directory) as scratch:
         folder = Path(scratch)
-        base = Tiers(cpu_bytes=_CPU_BYTES, port=_free_port())
+        base = Tiers(cpu_bytes=_CPU_BYTES, port=free_pair())
         console.print(f"CPU memory, {num_chunks} chunks")
         figures += _cpu(base, num_chunks)
         console.print("disk")
@@ -188,13 +188,3 @@ def _read_files(folder: Path, num_files: int) -> float:
         with (folder / str(index)).open("rb", buffering=0) as file:
             file.readinto(buffer)
     return time.perf_counter() - started
-
-
-def _free_port() -> int:
-    """Return a port that is free, as is the next one, where the server's HTTP API is."""
-    while True:
-        with socket.socket() as first, socket.socket() as second, suppress(OSError):
-            first.bind(("127.0.0.1", 0))
-            port: int = first.getsockname()[1]
-            second.bind(("127.0.0.1", port + 1))
-            return port

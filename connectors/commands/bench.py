@@ -47,6 +47,7 @@ def transport(
 
 
 def tiers(
+    *,
     directory: Annotated[
         Path | None, typer.Option(help="Where the disk tier's files go for the time. Default: temporary.")
     ] = None,
@@ -55,18 +56,31 @@ def tiers(
         typer.Option(metavar="URL", help="s3://BUCKET/PREFIX?endpoint=URL&region=REGION. Default: no S3."),
     ] = None,
     num_chunks: Annotated[int, typer.Option(min=1, max=32, help="Chunks of 8 MiB in one transfer.")] = 16,
+    model: Annotated[
+        Path | None,
+        typer.Option(
+            metavar="DIRECTORY",
+            help="Also start an engine with this model: times to first token, computed and loaded.",
+        ),
+    ] = None,
+    device: Annotated[str, typer.Option(help="Where that engine runs: cpu or cuda.")] = "cpu",
+    engine_args: Annotated[str, typer.Option(help="More arguments of `vllm serve` for it.")] = "",
     json_file: Annotated[
         Path | None, typer.Option("--json", metavar="FILE", help="Also write the figures there.")
     ] = None,
 ) -> None:
     """Measure storing KV in the tiers of a node and loading it, beside memcpy, plain files and plain S3."""
+    from connectors.bench import tier_ttft
     from connectors.bench.tiers import run
     from connectors.tiers import checks
     from connectors.tiers.spec import parse_bucket
 
     checks.check_lmcache()
     location = parse_bucket(s3).location if s3 else None
-    figures = run(directory, location, num_chunks, Console(stderr=True))
+    console = Console(stderr=True)
+    figures = run(directory, location, num_chunks, console)
+    if model is not None:
+        figures += tier_ttft.run(model, device, directory, engine_args, console)
     show(Console(), "Tiers", figures)
     if json_file is not None:
         write(json_file, f"kvlane {' '.join(sys.argv[1:])}", figures)
