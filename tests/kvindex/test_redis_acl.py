@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 import re
 from collections.abc import Iterator
 from pathlib import Path
@@ -74,6 +75,7 @@ async def test_each_may_do_its_work(url):
             POOL, decision_id, slot, prefill_tokens=1, seen_backlog_tokens=None, ttl_ms=ttl_ms
         )
         assert reservation.charged
+    await asyncio.sleep(0.01)  # until one has lapsed
     assert await gateway.settle(POOL, "ended")
     writer.heartbeat(POOL, slot, "one", Load(), lease_ms=LEASE_MS, accepted=["named"], settle_older_than_ms=0)
     writer.report_costs(POOL, slot, "one", StepCosts(num_steps=1, prefill_tokens_per_s=1.0))
