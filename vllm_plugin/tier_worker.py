@@ -5,8 +5,11 @@ Source: LMCache 0.5.6 `lmcache/integration/vllm/lmcache_mp_connector.py`.
 
 from __future__ import annotations
 
+import functools
+from collections.abc import Callable
 from typing import TYPE_CHECKING, Any
 
+import structlog
 from lmcache.integration.vllm.lmcache_mp_connector import LMCacheMPConnector
 
 from vllm_plugin import compat
@@ -21,6 +24,8 @@ if TYPE_CHECKING:
     from vllm.forward_context import ForwardContext
     from vllm.v1.kv_cache_interface import KVCacheConfig
 
+_log = structlog.get_logger(__name__)
+
 
 class TierWorker:
     """One rank's loads and stores; all on the worker's thread."""
@@ -28,6 +33,9 @@ class TierWorker:
     def __init__(self, vllm_config: VllmConfig, kv_cache_config: KVCacheConfig, address: str) -> None:
         child_config = compat.tier_config(vllm_config, kv_cache_config, address)
         self._child: Any = LMCacheMPConnector(child_config, KVConnectorRole.WORKER, kv_cache_config)
+        adapter = self._child.worker_adapter
+        # The adapter's own loop over the requests of a step calls it.
+        adapter.submit_store_request = _given_up_when_late(adapter.submit_store_request)
 
     def start(self, kv_caches: dict[str, torch.Tensor]) -> None:
         """Show the server these tensors."""
@@ -85,3 +93,20 @@ class TierWorker:
         """Return what LMCache's scheduler side is to know."""
         metadata: KVConnectorWorkerMetadata | None = self._child.build_connector_worker_meta()
         return metadata
+
+
+def _given_up_when_late(store: Callable[..., None]) -> Callable[..., None]:
+    """Return a `submit_store_request` that leaves a chunk unstored where its server does not answer in time.
+
+    LMCache's own raises then, which would end the engine. It treats a request of which nothing was submitted
+    as one whose stores are done, as where it knows the server to be gone.
+    """
+
+    @functools.wraps(store)
+    def submit(request_id: str, *args: Any, **options: Any) -> None:  # noqa: ANN401 - handed on
+        try:
+            store(request_id, *args, **options)
+        except TimeoutError as error:
+            _log.warning("tier_store_given_up", request_id=request_id, reason=str(error))
+
+    return submit

@@ -147,7 +147,7 @@ def test_a_hundred_workers_leave_and_join_under_load(tmp_path):
         with load(fleet.url) as sent:
             eventually(have_changed, timeout_s=PATIENCE_S)
         assert sent.errors() == []
-        assert len(workers_of(sent)) > 20
+        assert len(workers_of(sent)) > 8
         fleet.processes.stop("crowd")
         eventually(lambda: not registered(fleet), timeout_s=PATIENCE_S)
         eventually(lambda: not fleet.known_workers(), timeout_s=PATIENCE_S)
