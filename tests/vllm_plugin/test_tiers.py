@@ -38,7 +38,7 @@ PATIENCE_S = 120.0
 CHUNK = 256
 PREFIX = "fleet/one"
 # On a busy machine a server that is slow to answer is given up for a while, and nothing is stored then.
-PATIENT = {"lmcache.mp.heartbeat_interval": 5, "lmcache.mp.mq_timeout": 30}
+PATIENT = {"lmcache.mp.heartbeat_interval": 5, "lmcache.mp.mq_timeout": 10}
 
 draw = random.Random(11)
 
