@@ -9,7 +9,7 @@ import structlog
 
 from gateway import metrics
 from gateway.fleet import Fleet
-from gateway.tiers import TierPart, TierSpeeds, tier_runs
+from gateway.tiers import TierPart, TierSpeeds
 from gateway.tokens.request import Prompt
 from kvindex.blocks import BlockHash, Pool
 from kvindex.chunks import chunk_blocks, chunk_pool, chunk_salt, hash_chunks
@@ -62,18 +62,4 @@ class TierLookup:
             return {}
         stores = self._fleet.snapshot.stores.get(pool, {})
         holders = [[stores[slot] for slot in slots[chunk] if slot in stores] for chunk in chunks]
-        return {
-            access: tuple(
-                TierPart(
-                    store=store.name,
-                    tier=store.tier,
-                    first_token=first_token,
-                    end_token=end_token,
-                    speed=self._speeds.speed(store.name, store.tier),
-                )
-                for store, first_token, end_token in tier_runs(
-                    holders, frozenset(access.stores), access.chunk_size
-                )
-            )
-            for access in accesses
-        }
+        return {access: self._speeds.parts(access, holders) for access in accesses}

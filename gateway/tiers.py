@@ -13,7 +13,7 @@ from pydantic import ConfigDict, Field
 from pydantic.dataclasses import dataclass
 
 from kvindex.stores import Store
-from kvindex.worker import Tier
+from kvindex.worker import Tier, TierAccess
 
 TELLING_SHARE = 0.2
 """Where loading is a smaller part of what was predicted and measured, a first token tells nothing of it."""
@@ -144,6 +144,26 @@ class TierSpeeds:
         """Return a store's speed, as corrected by now."""
         log_factor = self._log_factor(store)
         return self._given[tier].slower(math.exp(log_factor)) if log_factor else self._given[tier]
+
+    def parts(self, access: TierAccess, holders: Iterable[Iterable[Store]]) -> tuple[TierPart, ...]:
+        """Return what a worker would load of a prompt, at the speeds of now.
+
+        Args:
+            access: which stores the worker reaches.
+            holders: who holds each chunk of the prompt, in order.
+        """
+        return tuple(
+            TierPart(
+                store=store.name,
+                tier=store.tier,
+                first_token=first_token,
+                end_token=end_token,
+                speed=self.speed(store.name, store.tier),
+            )
+            for store, first_token, end_token in tier_runs(
+                holders, frozenset(access.stores), access.chunk_size
+            )
+        )
 
     def observe(
         self, loads: Sequence[TierLoad], *, predicted_ms: float, queue_ms: float, ttft_ms: float

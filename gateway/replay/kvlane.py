@@ -12,7 +12,7 @@ from gateway.replay.engine import Job
 from gateway.replay.simulation import FleetSpec
 from gateway.replay.tiers import reached_by, store_specs
 from gateway.reserve import Charge, Prompts, Reserver
-from gateway.tiers import TierPart, TierSpeeds, tier_runs
+from gateway.tiers import TierSpeeds
 from kvindex.blocks import BlockHash
 from kvindex.memory_index import MemoryIndex, MemoryIndexReader, MemoryIndexWriter
 from kvindex.pending import pending_blocks
@@ -125,16 +125,17 @@ class Kvlane:
         match = await self._index.reader.match(self._index.pool, hashes)
         pending = pending_blocks(match.pending, hashes)
         holders = await self._index.store_holders(hashes)
+        workers = ((self._index.workers[state.slot], state) for state in match.states)
         candidates = tuple(
             Candidate(
-                worker=self._index.workers[state.slot],
+                worker=worker,
                 state=state,
                 overlap_blocks=match.overlap_blocks.get(state.slot, 0),
                 pending_blocks=pending.get(state.slot, 0),
-                profile=self._rates.profile(self._index.workers[state.slot]),
-                tiers=self._parts(self._index.workers[state.slot], holders),
+                profile=self._rates.profile(worker),
+                tiers=self._speeds.parts(worker.tiers, holders) if worker.tiers else (),
             )
-            for state in match.states
+            for worker, state in workers
         )
         self._found[job.number] = demand, candidates, {self._index.pool: hashes}
 
@@ -148,23 +149,6 @@ class Kvlane:
         job.may_load = choice.is_loading or not choice.loads
         self._sent[job.number] = choice, charged.charges[0]
         return choice.candidate.state.slot
-
-    def _parts(self, worker: Worker, holders: Sequence[Sequence[Store]]) -> tuple[TierPart, ...]:
-        access = worker.tiers
-        if access is None:
-            return ()
-        return tuple(
-            TierPart(
-                store=store.name,
-                tier=store.tier,
-                first_token=first_token,
-                end_token=end_token,
-                speed=self._speeds.speed(store.name, store.tier),
-            )
-            for store, first_token, end_token in tier_runs(
-                holders, frozenset(access.stores), access.chunk_size
-            )
-        )
 
     def first_token(self, job: Job, now_ms: float) -> None:
         """See `Policy`: what the access log tells at a request's end is enough."""
