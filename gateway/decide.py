@@ -284,7 +284,7 @@ class KvRouter:
             foreseen = self._reserver.foreseen(found.candidates, found.prompts)
             choices = plan(demand, foreseen, seed=int(receipt.decision_id, 16))
             choices = prefer(choices, receipt.ttft_target_ms)
-            parts = self._disagg.parts(request, read)
+            dividend = self._disagg.dividend(request, read)
         if choices:
             receipt.choices = whole(choices)
             receipt.verdict = self._desk.judge(receipt)
@@ -296,13 +296,13 @@ class KvRouter:
                     choices,
                     found.prompts,
                     ttft_target_ms=receipt.ttft_target_ms,
-                    propose=None if parts is None else partial(self._disagg.propose, demand),
+                    propose=None if dividend is None else partial(self._disagg.propose, demand, dividend),
                 )
             receipt.replans = charged.replans
             if charged.choices:
                 pair = None
-                if charged.split is not None and parts is not None:
-                    pair = self._disagg.pair(charged.split, parts, charged.charges[0].decision_id)
+                if charged.split is not None and dividend is not None:
+                    pair = self._disagg.pair(charged.split, dividend, charged.charges[0].decision_id)
                 return _Planned(charged.choices, charged.charges, pair)
             for charge in charged.charges:
                 self._reserver.take_back(charge)

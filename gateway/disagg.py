@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import functools
 from collections.abc import Sequence
 from dataclasses import dataclass
 
@@ -38,6 +39,18 @@ class Pair:
         return self.split.prefill.candidate.worker
 
 
+class Dividend:
+    """A request that may be split. Its body is read once a plan would."""
+
+    def __init__(self, body: bytes) -> None:
+        self._body = body
+
+    @functools.cached_property
+    def fields(self) -> Fields | None:
+        """What can be divided; None if it must stay whole after all."""
+        return divisible(self._body)
+
+
 def _given_wire(config: GatewayConfig) -> Wire | None:
     gb_per_s, latency_ms = config.transfer_gb_per_s, config.transfer_latency_ms
     if gb_per_s is None and latency_ms is None:
@@ -63,31 +76,33 @@ class Disaggregation:
         self._client = client
         self._running: set[asyncio.Task[None]] = set()
 
-    def parts(self, request: HttpRequest, read: ReadRequest | None) -> Fields | None:
-        """Return what can be split of a request; None if it must stay whole."""
+    def dividend(self, request: HttpRequest, read: ReadRequest | None) -> Dividend | None:
+        """Return a request as one that may be split; None if it must stay whole."""
         path = request.path.partition("?")[0]
         if path not in PATHS or read is None or len(read.prompts) != 1:
             return None
-        return divisible(request.body)
+        return Dividend(request.body)
 
-    def propose(self, demand: Demand, choices: Sequence[Choice]) -> Split | None:
+    def propose(self, demand: Demand, dividend: Dividend, choices: Sequence[Choice]) -> Split | None:
         """Return the two workers for a request that costs less on two; None if it stays whole.
 
         Args:
             choices: the plan, best first; not empty.
         """
-        return best_split(demand, choices, self._wire)
+        split = best_split(demand, choices, self._wire)
+        return split if split is not None and dividend.fields is not None else None
 
-    def pair(self, split: Split, fields: Fields, prefill_id: str) -> Pair:
-        """Return what both workers get.
+    def pair(self, split: Split, dividend: Dividend, prefill_id: str) -> Pair | None:
+        """Return what both workers get; None if the request must stay whole.
 
         Args:
-            fields: the request, by `parts`.
             prefill_id: under which the prefill worker was charged.
         """
+        if dividend.fields is None:
+            return None
         sender = split.prefill.candidate.worker
         bodies = make_halves(
-            fields,
+            dividend.fields,
             transfer_id=new_transfer_id(),
             peer=sender.transfer_address,
             peer_tp_size=sender.tp_size,
