@@ -9,6 +9,7 @@ from typing import Annotated
 import typer
 
 from kvindex.commands.inspect.options import DEFAULT_REDIS, RedisUrl, index_reader, live_fleet
+from kvindex.commands.one_worker import change
 from kvindex.errors import ConfigError
 from kvindex.worker import RegisteredWorker
 
@@ -35,23 +36,13 @@ def drain(
     """
     if undo and wait:
         raise ConfigError("--undo and --wait exclude each other: a worker that gets requests is never idle")
-    live = asyncio.run(_drain(redis_url, worker, is_draining=not undo))
-    if worker not in live:
-        known = ", ".join(live) or "none"
-        raise ConfigError(f"no live worker is called {worker}; live are: {known}")
-    typer.echo(f"{worker}: {_said(live[worker])}")
+    drained = asyncio.run(
+        change(redis_url, worker, lambda reader, pool: reader.drain(pool, worker, is_draining=not undo))
+    )
+    typer.echo(f"{worker}: {_said(drained)}")
     if wait:
         asyncio.run(_wait(redis_url, worker))
         typer.echo(f"{worker}: idle")
-
-
-async def _drain(redis_url: str, worker: str, *, is_draining: bool) -> dict[str, RegisteredWorker]:
-    """Change the worker; return the live workers after that, by name."""
-    async with index_reader(redis_url) as reader:
-        for pool, workers in await live_fleet(reader):
-            if any(each.worker.worker_id == worker for each in workers):
-                await reader.drain(pool, worker, is_draining=is_draining)
-        return {each.worker.worker_id: each for _, workers in await live_fleet(reader) for each in workers}
 
 
 async def _wait(redis_url: str, worker: str) -> None:

@@ -8,8 +8,8 @@ from typing import Annotated
 
 import typer
 
-from kvindex.commands.inspect.options import DEFAULT_REDIS, RedisUrl, index_reader, live_fleet
-from kvindex.errors import ConfigError
+from kvindex.commands.inspect.options import DEFAULT_REDIS, RedisUrl
+from kvindex.commands.one_worker import change
 from kvindex.worker import Role
 
 
@@ -39,18 +39,7 @@ def role(
     both: a role is where the gateway sends which half of a request.
     """
     wanted = None if given is GivenRole.OWN else Role(given)
-    live = asyncio.run(_give(redis_url, worker, wanted))
-    if worker not in live:
-        known = ", ".join(live) or "none"
-        raise ConfigError(f"no live worker is called {worker}; live are: {known}")
-    typer.echo(f"{worker}: {live[worker]}")
-
-
-async def _give(redis_url: str, worker: str, wanted: Role | None) -> dict[str, Role]:
-    """Give the role; return the live workers' roles after that, by name."""
-    async with index_reader(redis_url) as reader:
-        for pool, workers in await live_fleet(reader):
-            if any(each.worker.worker_id == worker for each in workers):
-                await reader.give_role(pool, worker, wanted)
-        live = [each for _, workers in await live_fleet(reader) for each in workers]
-    return {each.worker.worker_id: each.role for each in live}
+    given_to = asyncio.run(
+        change(redis_url, worker, lambda reader, pool: reader.give_role(pool, worker, wanted))
+    )
+    typer.echo(f"{worker}: {given_to.role}")
