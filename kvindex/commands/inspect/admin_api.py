@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import base64
 from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -39,13 +40,12 @@ def ask(admin: str, method: str, path: str, body: object = None) -> Any:  # noqa
         AdminUnavailable: nobody answers there, or with a refusal, which the message repeats.
         ConfigError: a certificate of ours cannot be used.
     """
+    url = admin.rstrip("/") + path
     try:
-        url = admin.rstrip("/") + path
-        answer = httpx.request(method, url, json=body, timeout=TIMEOUT_S, **admin_access().http_options())
+        with _reaching(admin):
+            options = admin_access().http_options()
+            answer = httpx.request(method, url, json=body, timeout=TIMEOUT_S, **options)
         content = answer.json()
-    except (httpx.HTTPError, httpx.InvalidURL) as error:
-        hint = "give a gateway's admin address with --admin"
-        raise AdminUnavailable(f"no gateway answers at {admin} ({error}): {hint}") from error
     except ValueError as error:
         raise AdminUnavailable(f"{admin} is not the admin API of a gateway: no JSON at {path}") from error
     if not isinstance(content, dict | list):
@@ -57,6 +57,16 @@ def ask(admin: str, method: str, path: str, body: object = None) -> Any:  # noqa
     return content
 
 
+@contextmanager
+def _reaching(admin: str) -> Iterator[None]:
+    """Say in one line that nobody answers there."""
+    try:
+        yield
+    except (httpx.HTTPError, httpx.InvalidURL) as error:
+        hint = "give a gateway's admin address with --admin"
+        raise AdminUnavailable(f"no gateway answers at {admin} ({error}): {hint}") from error
+
+
 def download(admin: str, path: str, file: Path) -> int:
     """Write what the admin API answers to `file`; return the number of lines.
 
@@ -65,18 +75,18 @@ def download(admin: str, path: str, file: Path) -> int:
         ConfigError: the file cannot be written, or a certificate of ours cannot be used.
     """
     num_lines = 0
+    url = admin.rstrip("/") + path
     try:
-        url = admin.rstrip("/") + path
-        with httpx.stream("GET", url, timeout=TIMEOUT_S, **admin_access().http_options()) as answer:
+        with (
+            _reaching(admin),
+            httpx.stream("GET", url, timeout=TIMEOUT_S, **admin_access().http_options()) as answer,
+        ):
             if answer.is_error:
                 raise AdminUnavailable(f"{admin}{path} answers {answer.status_code}")
             with file.open("wb") as written:
                 for part in answer.iter_bytes():
                     written.write(part)
                     num_lines += part.count(b"\n")
-    except (httpx.HTTPError, httpx.InvalidURL) as error:
-        hint = "give a gateway's admin address with --admin"
-        raise AdminUnavailable(f"no gateway answers at {admin} ({error}): {hint}") from error
     except OSError as error:
         raise ConfigError(f"{file}: {error.strerror}") from error
     return num_lines
