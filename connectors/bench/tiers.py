@@ -81,15 +81,11 @@ def _disk(tiers: Tiers, plain: Path, num_chunks: int) -> list[Figure]:
     with _engine(tiers, num_chunks) as engine:
         write = _rate(num_chunks, lambda: _write_files(plain, num_chunks))
         read = _rate(num_chunks, lambda: _read_files(plain, num_chunks))
-        store, load, one = _second_level(engine, num_chunks)
-    worst, medium = min((store / write, write), (load / read, read))
+        measured = _second_level(engine, num_chunks)
     return [
         Figure("tiers.file_write_gb_s", write, "GB/s"),
         Figure("tiers.file_read_gb_s", read, "GB/s"),
-        Figure("tiers.disk_store_gb_s", store, "GB/s", None, "plain file", write),
-        Figure("tiers.disk_load_gb_s", load, "GB/s", None, "plain file", read),
-        Figure("tiers.disk_load_chunk_ms", one * 1000, "ms"),
-        Figure("tiers.disk_over_file", worst, "", ">= 0.7", "plain file, GB/s", medium),
+        *_level_figures("disk", "file", "plain file", measured, (write, read)),
     ]
 
 
@@ -101,16 +97,27 @@ def _s3(tiers: Tiers, bucket: S3Location, num_chunks: int) -> list[Figure]:
     with _engine(tiers, num_chunks) as engine:
         put = _rate(num_chunks, lambda: client.put(contents))
         get = _rate(num_chunks, lambda: client.get(num_chunks, CHUNK_BYTES))
-        store, load, one = _second_level(engine, num_chunks)
+        measured = _second_level(engine, num_chunks)
     client.clear(num_chunks)
-    worst, medium = min((store / put, put), (load / get, get))
     return [
         Figure("tiers.client_put_gb_s", put, "GB/s"),
         Figure("tiers.client_get_gb_s", get, "GB/s"),
-        Figure("tiers.s3_store_gb_s", store, "GB/s", None, "plain client", put),
-        Figure("tiers.s3_load_gb_s", load, "GB/s", None, "plain client", get),
-        Figure("tiers.s3_load_chunk_ms", one * 1000, "ms"),
-        Figure("tiers.s3_over_client", worst, "", ">= 0.7", "plain client, GB/s", medium),
+        *_level_figures("s3", "client", "plain client", measured, (put, get)),
+    ]
+
+
+def _level_figures(
+    tier: str, medium: str, beside: str, measured: tuple[float, float, float], plain: tuple[float, float]
+) -> list[Figure]:
+    """Return what `_second_level` measured, beside the rates of the plain medium, in and out."""
+    store, load, one = measured
+    put, get = plain
+    worst, rate = min((store / put, put), (load / get, get))
+    return [
+        Figure(f"tiers.{tier}_store_gb_s", store, "GB/s", None, beside, put),
+        Figure(f"tiers.{tier}_load_gb_s", load, "GB/s", None, beside, get),
+        Figure(f"tiers.{tier}_load_chunk_ms", one * 1000, "ms"),
+        Figure(f"tiers.{tier}_over_{medium}", worst, "", ">= 0.7", f"{beside}, GB/s", rate),
     ]
 
 
