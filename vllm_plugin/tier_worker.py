@@ -34,8 +34,9 @@ class TierWorker:
         child_config = compat.tier_config(vllm_config, kv_cache_config, address)
         self._child: Any = LMCacheMPConnector(child_config, KVConnectorRole.WORKER, kv_cache_config)
         adapter = self._child.worker_adapter
-        # The adapter's own loop over the requests of a step calls it.
-        adapter.submit_store_request = _given_up_when_late(adapter.submit_store_request)
+        # The adapter's own loops over the requests of a step call these.
+        adapter.submit_store_request = _patient(adapter, adapter.submit_store_request)
+        adapter.submit_retrieve_request = _patient(adapter, adapter.submit_retrieve_request)
 
     def start(self, kv_caches: dict[str, torch.Tensor]) -> None:
         """Show the server these tensors."""
@@ -95,18 +96,24 @@ class TierWorker:
         return metadata
 
 
-def _given_up_when_late(store: Callable[..., None]) -> Callable[..., None]:
-    """Return a `submit_store_request` that leaves a chunk unstored where its server does not answer in time.
+def _patient(adapter: Any, submit: Callable[..., None]) -> Callable[..., None]:  # noqa: ANN401 - LMCache's
+    """Return a `submit` that takes a server that does not answer in time for one that is gone.
 
-    LMCache's own raises then, which would end the engine. It treats a request of which nothing was submitted
-    as one whose stores are done, as where it knows the server to be gone.
+    LMCache's own raises then, which would end the engine. A server that was killed and is back before the
+    adapter's heartbeat has noticed never answers: the heartbeat shows it the caches only after it was gone.
+
+    Args:
+        adapter: whose heartbeat it is. While that says the server is gone, nothing is stored, and loads fail.
+        submit: `submit_store_request` or `submit_retrieve_request` of the adapter.
     """
 
-    @functools.wraps(store)
-    def submit(request_id: str, *args: Any, **options: Any) -> None:  # noqa: ANN401 - handed on
+    @functools.wraps(submit)
+    def submit_or_do_without(request_id: str, *args: Any, **options: Any) -> None:  # noqa: ANN401 - handed on
         try:
-            store(request_id, *args, **options)
+            submit(request_id, *args, **options)
         except TimeoutError as error:
-            _log.warning("tier_store_given_up", request_id=request_id, reason=str(error))
+            _log.warning("tier_server_silent", request_id=request_id, reason=str(error))
+            adapter._health_event.clear()
+            submit(request_id, *args, **options)
 
-    return submit
+    return submit_or_do_without

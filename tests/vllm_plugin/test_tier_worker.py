@@ -1,28 +1,44 @@
-"""A store whose server does not answer in time ends nothing. Real servers: `test_tiers`."""
+"""A server that does not answer in time ends no engine. Real servers: `test_tiers`."""
+
+import threading
+from types import SimpleNamespace
 
 import pytest
 from lmcache.v1.mp_observability.errors import LMCacheTimeoutError
 
-from vllm_plugin.tier_worker import _given_up_when_late
+from vllm_plugin.tier_worker import _patient
 
 
-def test_a_late_store_is_given_up_and_the_next_is_made():
-    made: list[str] = []
+class Adapter(SimpleNamespace):
+    """Does with a request as LMCache's adapter does."""
 
-    def store(request_id: str, op: object, *, cache_salt: str) -> None:
-        if request_id == "late":
+    def __init__(self) -> None:
+        super().__init__(_health_event=threading.Event(), made=[], dropped=[])
+        self._health_event.set()
+
+    def submit(self, request_id: str, *, cache_salt: str) -> None:
+        if not self._health_event.is_set():
+            self.dropped.append(request_id + cache_salt)
+        elif request_id == "late":
             raise LMCacheTimeoutError("PREPARE_STORE timed out")
-        made.append(request_id + cache_salt)
+        else:
+            self.made.append(request_id + cache_salt)
 
-    submit = _given_up_when_late(store)
-    submit("late", None, cache_salt="s")
-    submit("next", None, cache_salt="s")
-    assert made == ["nexts"]
+
+def test_a_silent_server_is_one_that_is_gone_until_the_heartbeat_finds_it():
+    adapter = Adapter()
+    submit = _patient(adapter, adapter.submit)
+    for request_id in ("first", "late", "next"):
+        submit(request_id, cache_salt="-s")
+    assert (adapter.made, adapter.dropped) == (["first-s"], ["late-s", "next-s"])
+    adapter._health_event.set()
+    submit("last", cache_salt="-s")
+    assert adapter.made == ["first-s", "last-s"]
 
 
 def test_other_errors_are_not_hidden():
-    def store(request_id: str) -> None:
+    def submit(request_id: str) -> None:
         raise RuntimeError(request_id)
 
     with pytest.raises(RuntimeError, match="r"):
-        _given_up_when_late(store)("r")
+        _patient(Adapter(), submit)("r")
