@@ -29,6 +29,10 @@ _MANY_REQUESTS = 1_000_000
 # A response may stay silent for as long as a long prompt is computed.
 _IDLE_TIMEOUT = "3600s"
 
+# Engines close a connection after 5 s without requests (uvicorn's default, and vLLM's). A request that is
+# sent at that moment is lost, and may not be sent again: so Envoy closes it first.
+_WORKER_IDLE_TIMEOUT = "4s"
+
 _TLS_VERSIONS = {"tls_params": {"tls_minimum_protocol_version": "TLSv1_2"}}
 
 # A gateway that comes later is found at once; by default the pauses grow to half a minute.
@@ -287,6 +291,7 @@ def _worker_cluster(options: EnvoyOptions) -> Json:
         "connect_timeout": "2s",
         "load_balancing_policy": _policies(options),
         "circuit_breakers": _circuit_breakers(max_retries=1_024),
+        **_speaking({"http_protocol_options": {}}, idle_timeout=_WORKER_IDLE_TIMEOUT),
         # A machine that vanished sends no reset.
         "upstream_connection_options": {
             "tcp_keepalive": {"keepalive_time": 10, "keepalive_interval": 5, "keepalive_probes": 3}
@@ -353,15 +358,8 @@ def _policy_type(name: str) -> str:
 
 
 def _gateway_cluster(options: EnvoyOptions) -> Json:
-    http2 = {
-        "@type": "envoy.extensions.upstreams.http.v3.HttpProtocolOptions",
-        "explicit_http_config": {
-            "http2_protocol_options": {
-                # A gateway that hangs is found out; a busy one gets its time.
-                "connection_keepalive": {"interval": "10s", "timeout": "5s"}
-            }
-        },
-    }
+    # A gateway that hangs is found out; a busy one gets its time.
+    http2 = {"http2_protocol_options": {"connection_keepalive": {"interval": "10s", "timeout": "5s"}}}
     return {
         "name": GATEWAY,
         "type": "STRICT_DNS",
@@ -369,9 +367,7 @@ def _gateway_cluster(options: EnvoyOptions) -> Json:
         "load_assignment": _load_assignment(GATEWAY, options.gateways),
         **_transport(_upstream(options.gateway_tls) if options.gateway_tls else None),
         "circuit_breakers": _circuit_breakers(max_retries=3),
-        "typed_extension_protocol_options": {
-            "envoy.extensions.upstreams.http.v3.HttpProtocolOptions": _any(http2)
-        },
+        **_speaking(http2),
         "outlier_detection": {"interval": "1s", "base_ejection_time": "1s", "consecutive_gateway_failure": 2},
         # One that starts, stops or hangs gets no request while another is ready.
         "health_checks": [
@@ -384,6 +380,17 @@ def _gateway_cluster(options: EnvoyOptions) -> Json:
                 "grpc_health_check": {"service_name": EXT_PROC_SERVICE},
             }
         ],
+    }
+
+
+def _speaking(explicit: Json, *, idle_timeout: str | None = None) -> Json:
+    """Return what a cluster speaks, and how long it keeps a connection without requests."""
+    name = "envoy.extensions.upstreams.http.v3.HttpProtocolOptions"
+    idle: Json = {"common_http_protocol_options": {"idle_timeout": idle_timeout}} if idle_timeout else {}
+    return {
+        "typed_extension_protocol_options": {
+            name: _any({"@type": name, **idle, "explicit_http_config": explicit})
+        }
     }
 
 

@@ -2,8 +2,11 @@ import contextlib
 import signal
 import socket
 import subprocess
+import threading
 import time
+from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
+from typing import ClassVar
 
 import httpx
 import pytest
@@ -73,3 +76,47 @@ def test_envoy_runs_in_the_commands_place():
         finally:
             process.send_signal(signal.SIGTERM)
     assert process.returncode == 0
+
+
+class Unclosing(BaseHTTPRequestHandler):
+    """Answers each request, and keeps the connection for as long as the client does."""
+
+    protocol_version = "HTTP/1.1"
+    answered_at_s = 0.0
+    unused_s: ClassVar[list[float]] = []
+
+    def do_GET(self):
+        self.send_response(200)
+        self.send_header("content-length", "0")
+        self.end_headers()
+        type(self).answered_at_s = time.monotonic()
+
+    def finish(self):
+        self.unused_s.append(time.monotonic() - self.answered_at_s)
+        super().finish()
+
+    def log_message(self, *_):
+        """Say nothing."""
+
+
+@pytest.mark.envoy
+def test_a_connection_to_a_worker_is_closed_before_the_worker_would():
+    """Or a request may be sent just as the worker closes it, and is lost."""
+    listen, admin = (f"127.0.0.1:{port}" for port in free_ports(2))
+    with ThreadingHTTPServer(("127.0.0.1", 0), Unclosing) as worker:
+        threading.Thread(target=worker.serve_forever, daemon=True).start()
+        fixed = ("--no-ext-proc", "--worker", f"127.0.0.1:{worker.server_port}")
+        with subprocess.Popen([KVLANE, "envoy", "--listen", listen, "--admin", admin, *fixed]) as process:
+            try:
+                deadline_s = time.monotonic() + 60
+                while not Unclosing.answered_at_s:
+                    assert time.monotonic() < deadline_s
+                    with contextlib.suppress(httpx.TransportError):
+                        httpx.get(f"http://{listen}/health")
+                while not Unclosing.unused_s:
+                    assert time.monotonic() < deadline_s
+                    time.sleep(0.1)
+            finally:
+                process.send_signal(signal.SIGINT)
+        worker.shutdown()
+    assert 3 < Unclosing.unused_s[0] < 5
