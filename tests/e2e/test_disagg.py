@@ -72,7 +72,7 @@ def answering(fleet: LocalFleet) -> Iterator[None]:
                     if over.is_set():
                         return
 
-    threads = [threading.Thread(target=answer) for _ in range(4)]
+    threads = [threading.Thread(target=answer) for _ in range(12)]
     for thread in threads:
         thread.start()
     eventually(lambda: registered(fleet)[decode].load.running_requests == len(threads), timeout_s=60)
