@@ -24,7 +24,7 @@ from gateway.demand import RANK_HEADER, demand_of, named_model, ttft_target_ms
 from gateway.disagg import Disaggregation, Pair
 from gateway.errors import RequestError, TokenizerError
 from gateway.fleet import Fleet
-from gateway.halves import PATHS, without_loads, without_transfer_params
+from gateway.halves import PATHS, with_load_limit, without_transfer_params
 from gateway.lookup import Lookup, allowed, registered_state
 from gateway.plan import Choice, Demand, least_loaded, num_requests, plan
 from gateway.rates import Rates
@@ -355,6 +355,7 @@ class KvRouter:
         metrics.DECISIONS.labels(receipt.mode, receipt.fallback or "").inc()
         metrics.PROMPT_TOKENS.inc(receipt.prompt_tokens)
         metrics.MATCHED_TOKENS.inc(receipt.matched_tokens)
+        _count_loads(planned.pair.split.prefill if planned.pair is not None else receipt.choice)
         metrics.IN_FLIGHT.inc()
         self._receipts.add(receipt)
         self._requests[chosen.worker_id] += 1
@@ -364,24 +365,20 @@ class KvRouter:
             decision_id,
             receipt.destinations,
             request_headers=request_headers,
-            body=pair.bodies.decode if pair else self._unloaded_body(request, receipt),
+            body=pair.bodies.decode if pair else self._limited_body(request, receipt),
             response_headers=response_headers,
             num_prompt_tokens=receipt.prompt_tokens,
         )
 
-    def _unloaded_body(self, request: HttpRequest, receipt: Receipt) -> bytes | None:
-        """Count what the chosen worker loads; return a body that has it computed, if that is the plan."""
-        choice = receipt.choice
-        if choice is None or not choice.loads:
+    def _limited_body(self, request: HttpRequest, receipt: Receipt) -> bytes | None:
+        """Return a body that says how far to read tiers; None where all that they have is to be loaded."""
+        limit_tokens = receipt.choice.load_limit_tokens if receipt.choice is not None else None
+        if limit_tokens is None or receipt.path not in PATHS:
             return None
-        metric = metrics.LOADED_TOKENS if choice.is_loading else metrics.UNLOADED_TOKENS
-        for load in choice.loads:
-            metric.labels(load.tier).inc(load.num_tokens)
-        is_told = not choice.is_loading and receipt.path in PATHS
-        return without_loads(request.body) if is_told else None
+        return with_load_limit(request.body, limit_tokens)
 
     def _learn(self, choice: Choice, ttft_ms: float) -> None:
-        if choice.is_loading:
+        if choice.loads:
             self._tier_speeds.observe(
                 choice.loads,
                 predicted_ms=choice.terms.ttft_ms,
@@ -417,6 +414,13 @@ class KvRouter:
             kind="ServiceUnavailableError",
             retry_after_s=self._config.retry_after_s,
         )
+
+
+def _count_loads(choice: Choice | None) -> None:
+    for load in choice.loads if choice is not None else ():
+        metrics.LOADED_TOKENS.labels(load.tier).inc(load.num_tokens)
+    for load in choice.passed_over if choice is not None else ():
+        metrics.UNLOADED_TOKENS.labels(load.tier).inc(load.num_tokens)
 
 
 def _prefill_headers(receipt: Receipt, pair: Pair) -> dict[str, str]:

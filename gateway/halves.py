@@ -1,5 +1,5 @@
 """Bodies of requests that tell an engine more: the two of a request that is prefilled on one worker and
-decoded on another, and that of one which must not load from tiers. Pure.
+decoded on another, and that of one which is to load less than tiers hold. Pure.
 
 Only top-level values are taken apart; each is put back as its own bytes.
 
@@ -57,7 +57,23 @@ def divisible(body: bytes) -> Fields | None:
     return fields if fields is not None and _may_split(fields) else None
 
 
-def make_halves(fields: Fields, *, transfer_id: str, peer: str, peer_tp_size: int) -> Halves:
+def load_params(limit_tokens: int | None) -> dict[str, int]:
+    """Return what an engine is told of tiers.
+
+    Args:
+        limit_tokens: see `Choice.load_limit_tokens`.
+    """
+    return {} if limit_tokens is None else {LOAD_KEY: limit_tokens}
+
+
+def make_halves(
+    fields: Fields,
+    *,
+    transfer_id: str,
+    peer: str,
+    peer_tp_size: int,
+    load_limits: tuple[int | None, int | None],
+) -> Halves:
     """Return the bodies for both workers.
 
     Args:
@@ -65,20 +81,24 @@ def make_halves(fields: Fields, *, transfer_id: str, peer: str, peer_tp_size: in
         transfer_id: what ties the halves together, and entitles to the blocks.
         peer: `host:port` of the prefill worker's first rank.
         peer_tp_size: its tensor-parallel ranks.
+        load_limits: how far each may read tiers, the decode worker where no transfer comes; see
+            `load_params`.
     """
     mine = {"transfer_id": transfer_id, "role": "send"}
     theirs = {"transfer_id": transfer_id, "role": "receive", "peer": peer, "peer_tp_size": peer_tp_size}
+    prefill, decode = map(load_params, load_limits)
     first = {name: value for name, value in fields.items() if name not in _OF_THE_ANSWER}
-    first |= {"max_tokens": _raw(1), "stream": _raw(value=False), TRANSFER_FIELD: _raw({"kvlane": mine})}
-    second = fields | {TRANSFER_FIELD: _raw({"kvlane": theirs})}
+    first |= {"max_tokens": _raw(1), "stream": _raw(value=False)}
+    first[TRANSFER_FIELD] = _raw({"kvlane": mine, **prefill})
+    second = fields | {TRANSFER_FIELD: _raw({"kvlane": theirs, **decode})}
     return Halves(_ENCODER.encode(first), _ENCODER.encode(second))
 
 
-def without_loads(body: bytes) -> bytes | None:
-    """Return the body of a request whose prompt is computed, whatever tiers hold; None if it is none."""
+def with_load_limit(body: bytes, limit_tokens: int) -> bytes | None:
+    """Return the body of a request that reads tiers for so many of its leading tokens; None if it is none."""
     if (fields := _fields(body)) is None:
         return None
-    return _ENCODER.encode(fields | {TRANSFER_FIELD: _raw({LOAD_KEY: False})})
+    return _ENCODER.encode(fields | {TRANSFER_FIELD: _raw(load_params(limit_tokens))})
 
 
 def _may_split(fields: Fields) -> bool:

@@ -13,7 +13,7 @@ import xxhash
 from gateway.labels import ANY_LABELS, Selector
 from gateway.parity import Reason
 from gateway.profile import Profile, num_pairs
-from gateway.tiers import TierLoad, TierPart, tier_loads
+from gateway.tiers import TierLoad, TierPart, tier_cuts, tier_loads
 from kvindex.worker import Role, Worker, WorkerState
 
 TIE_SHARE = 0.1
@@ -105,6 +105,14 @@ class Terms(msgspec.Struct, frozen=True, kw_only=True, gc=False):
         return self.ttft_ms + self.slowdown_ms + self.crowding_ms
 
 
+class Cut(msgspec.Struct, frozen=True, kw_only=True, gc=False):
+    """A way to come by what tiers have: to read them up to a token of the prompt, and to compute the rest."""
+
+    end_token: int
+    ttft_ms: float
+    """Predicted time to first token."""
+
+
 class Choice(msgspec.Struct, frozen=True, kw_only=True, gc=False):
     """A candidate and what sending the request there means."""
 
@@ -116,14 +124,23 @@ class Choice(msgspec.Struct, frozen=True, kw_only=True, gc=False):
     """Tokens that it has to compute."""
     terms: Terms
     loads: tuple[TierLoad, ...] = ()
-    """What the tiers have behind the cached and pending tokens."""
-    is_loading: bool = False
-    """Whether that is loaded; if not, computing it is predicted to be faster."""
+    """What it loads from tiers behind the cached and pending tokens."""
+    passed_over: tuple[TierLoad, ...] = ()
+    """What tiers have behind that: computing it is predicted to be faster."""
+    cuts: tuple[Cut, ...] = ()
+    """What was weighed where tiers have anything, from loading nothing to loading all."""
 
     @property
     def loaded_tokens(self) -> int:
         """Tokens that it has to load."""
-        return sum(load.num_tokens for load in self.loads) if self.is_loading else 0
+        return sum(load.num_tokens for load in self.loads)
+
+    @property
+    def load_limit_tokens(self) -> int | None:
+        """Leading tokens of the prompt that tiers may be read for; None: all that they have is loaded."""
+        if not self.passed_over:
+            return None
+        return self.cached_tokens + self.pending_tokens + self.loaded_tokens if self.loads else 0
 
     @property
     def charge_tokens(self) -> int:
@@ -172,7 +189,7 @@ def weigh(demand: Demand, candidate: Candidate) -> Choice:
     Blocks that are pending count as cached, since their computation counts as queue: so siblings go together
     until the queue there costs more than computing their prefix again elsewhere.
 
-    What tiers hold behind them is loaded where that and computing the rest is faster than computing all.
+    What tiers hold behind them is loaded as far as makes the first token soonest; the rest is computed.
 
     The engine computes at least the last token of a prompt, so a hit ends before the block that
     contains it.
@@ -186,37 +203,42 @@ def weigh(demand: Demand, candidate: Candidate) -> Choice:
     cached_tokens = overlap_blocks * block_size
     pending_tokens = max(known_blocks - overlap_blocks, 0) * block_size
     num_before = cached_tokens + pending_tokens
-    uncached_tokens = demand.num_tokens - num_before
-    profile, state = candidate.profile, candidate.state
-    load = state.load
-    prefill_ms = profile.prefill_ms(uncached_tokens, num_pairs(uncached_tokens, num_before))
     parts = () if candidate.degraded else candidate.tiers
-    loads = tier_loads(parts, num_before, demand.num_lookup_tokens - 1, candidate.worker.bytes_per_token)
-    num_loaded = sum(each.num_tokens for each in loads)
-    load_ms = sum(each.ms for each in loads)
-    rest_tokens = uncached_tokens - num_loaded
-    rest_ms = profile.prefill_ms(rest_tokens, num_pairs(rest_tokens, num_before + num_loaded))
-    # All of it or nothing: an engine is not told where to stop.
-    is_loading = bool(loads) and load_ms + rest_ms < prefill_ms
-    if is_loading:
-        uncached_tokens, prefill_ms = rest_tokens, rest_ms
-    step_tokens = max(1, (candidate.worker.max_num_batched_tokens or STEP_TOKENS) - load.running_requests)
-    num_steps = -(-(state.backlog_tokens + uncached_tokens) // step_tokens)
+    end_token, bytes_per_token = demand.num_lookup_tokens - 1, candidate.worker.bytes_per_token
+    best_end, best = num_before, _terms(demand, candidate, num_before, 0.0)
+    cuts: list[Cut] = []
+    for cut_end, load_ms in tier_cuts(parts, num_before, end_token, bytes_per_token):
+        cuts = cuts or [Cut(end_token=num_before, ttft_ms=best.ttft_ms)]
+        terms = _terms(demand, candidate, cut_end, load_ms)
+        cuts.append(Cut(end_token=cut_end, ttft_ms=terms.ttft_ms))
+        if terms.ttft_ms < best.ttft_ms:
+            best_end, best = cut_end, terms
     return Choice(
         candidate=candidate,
         cached_tokens=cached_tokens,
         pending_tokens=pending_tokens,
-        uncached_tokens=uncached_tokens,
-        terms=Terms(
-            queue_ms=profile.prefill_ms(state.backlog_tokens, load.waiting_prefill_pairs),
-            prefill_ms=prefill_ms,
-            sharing_ms=num_steps * profile.shared_step_ms(load.running_requests, load.running_tokens),
-            load_ms=load_ms if is_loading else 0.0,
-            slowdown_ms=DECODE_WEIGHT * load.running_requests * prefill_ms,
-            crowding_ms=CROWDING * prefill_ms,
-        ),
-        loads=loads,
-        is_loading=is_loading,
+        uncached_tokens=demand.num_tokens - best_end,
+        terms=best,
+        loads=tier_loads(parts, num_before, best_end, bytes_per_token),
+        passed_over=tier_loads(parts, best_end, end_token, bytes_per_token),
+        cuts=tuple(cuts),
+    )
+
+
+def _terms(demand: Demand, candidate: Candidate, first_token: int, load_ms: float) -> Terms:
+    """Return the terms of computing the prompt from `first_token` on; what is before takes `load_ms`."""
+    profile, state = candidate.profile, candidate.state
+    load, num_tokens = state.load, demand.num_tokens - first_token
+    prefill_ms = profile.prefill_ms(num_tokens, num_pairs(num_tokens, first_token))
+    step_tokens = max(1, (candidate.worker.max_num_batched_tokens or STEP_TOKENS) - load.running_requests)
+    num_steps = -(-(state.backlog_tokens + num_tokens) // step_tokens)
+    return Terms(
+        queue_ms=profile.prefill_ms(state.backlog_tokens, load.waiting_prefill_pairs),
+        prefill_ms=prefill_ms,
+        sharing_ms=num_steps * profile.shared_step_ms(load.running_requests, load.running_tokens),
+        load_ms=load_ms,
+        slowdown_ms=DECODE_WEIGHT * load.running_requests * prefill_ms,
+        crowding_ms=CROWDING * prefill_ms,
     )
 
 

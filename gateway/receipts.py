@@ -132,6 +132,8 @@ def _view_choice(choice: Choice) -> dict[str, Any]:
         "pending_tokens": choice.pending_tokens,
         "loaded_tokens": choice.loaded_tokens,
         "loads": msgspec.to_builtins(choice.loads),
+        "passed_over": msgspec.to_builtins(choice.passed_over),
+        "cuts": msgspec.to_builtins(choice.cuts),
         "uncached_tokens": choice.uncached_tokens,
         "backlog_tokens": state.backlog_tokens,
         "running_requests": state.load.running_requests,

@@ -101,6 +101,24 @@ def tier_runs(
         yield current, first_token, end_token
 
 
+def tier_cuts(
+    parts: Sequence[TierPart], first_token: int, end_token: int, bytes_per_token: int
+) -> Iterator[tuple[int, float]]:
+    """Yield the ways to read tiers up to a token, shallow ones first: where that is, and how long it takes.
+
+    One for each part that has any of the tokens from `first_token` to `end_token`. To read half of a part is
+    never best: to compute a token costs the more the deeper it lies, and to read it does not.
+    """
+    load_ms, known = 0.0, set[str]()
+    for part in parts:
+        first, end = max(part.first_token, first_token), min(part.end_token, end_token)
+        if first < end:
+            load_ms += (end - first) * bytes_per_token / (part.speed.gb_per_s * 1e6)
+            load_ms += 0.0 if part.store in known else part.speed.latency_ms
+            known.add(part.store)
+            yield end, load_ms
+
+
 def tier_loads(
     parts: Sequence[TierPart], first_token: int, end_token: int, bytes_per_token: int
 ) -> tuple[TierLoad, ...]:

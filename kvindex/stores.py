@@ -8,8 +8,9 @@ from kvindex.blocks import Pool
 from kvindex.chunks import chunk_pool
 from kvindex.worker import Tier
 
-LOAD_KEY = "kvlane.load_tiers"
-"""In a request's `kv_transfer_params`: false has the prompt computed, whatever the stores hold."""
+LOAD_KEY = "kvlane.load_tokens"
+"""In a request's `kv_transfer_params`: how many leading tokens of its prompt stores may be read for. What
+they hold behind these is computed, with 0 everything; without it, whatever they hold is read."""
 
 
 class Store(msgspec.Struct, frozen=True, kw_only=True):

@@ -7,8 +7,10 @@ Source: LMCache 0.5.6 `lmcache/integration/vllm/lmcache_mp_connector.py`.
 
 from __future__ import annotations
 
+import functools
 from typing import TYPE_CHECKING, Any
 
+import structlog
 from lmcache.integration.vllm.lmcache_mp_connector import LMCacheMPConnector
 
 from kvindex.stores import LOAD_KEY
@@ -18,7 +20,7 @@ from vllm_plugin.compat import KVConnectorRole
 from vllm_plugin.tier_request import TierRequest
 
 if TYPE_CHECKING:
-    from collections.abc import Iterable, Mapping
+    from collections.abc import Callable, Iterable, Mapping
 
     from vllm.config import VllmConfig
     from vllm.distributed.kv_events import KVCacheEvent
@@ -32,6 +34,9 @@ if TYPE_CHECKING:
     from vllm_plugin.config import WorkerConfig
 
 
+_log = structlog.get_logger(__name__)
+
+
 class TierScheduler:
     """The scheduler's part of loading from and storing to the node's LMCache server."""
 
@@ -39,6 +44,7 @@ class TierScheduler:
         child_config = compat.tier_config(vllm_config, kv_cache_config, config.tiers)
         self._child: Any = LMCacheMPConnector(child_config, KVConnectorRole.SCHEDULER, kv_cache_config)
         adapter = self._child.scheduler_adapter
+        adapter.maybe_submit_lookup_request = self._limited(adapter.maybe_submit_lookup_request)
         self.access = TierAccess(
             model=adapter.model_name,
             chunk_size=adapter.lmcache_tokens_per_chunk,
@@ -47,6 +53,8 @@ class TierScheduler:
         )
         self._passed_over: set[str] = set()
         """Requests that the child counts as having nothing in the tiers."""
+        self._limits: dict[str, int | None] = {}
+        """Leading tokens of a request for which the tiers may be read; None: all."""
 
     def start(self, block_pool: BlockPool) -> None:
         """Hand over the scheduler's pool of blocks."""
@@ -62,12 +70,15 @@ class TierScheduler:
 
     def on_new_request(self, request: Request) -> None:
         """Note a request; with `lmcache.mp.eager_prefetch` its chunks come near while it waits."""
-        if _may_load(request):
+        if self._may_load(request):
             self._child.on_new_request(TierRequest(request))
 
     def num_external_tokens(self, request: Request, num_computed_tokens: int) -> int | None:
-        """Return how many tokens after the first `num_computed_tokens` the tiers have; None: ask again."""
-        if not _may_load(request):
+        """Return how many tokens after the first `num_computed_tokens` the tiers are to be read for.
+
+        None: ask again.
+        """
+        if not self._may_load(request):
             self.pass_over(request, num_computed_tokens)
             return 0
         if request.request_id in self._passed_over:
@@ -112,6 +123,7 @@ class TierScheduler:
     ) -> tuple[bool, dict[str, Any] | None]:
         """Note the end of a request; return whether its blocks are needed, and what the client is told."""
         self._passed_over.discard(request.request_id)
+        self._limits.pop(request.request_id, None)
         if request.request_id not in self._child.request_trackers:
             # It ended before it was ever looked at.
             self._child._get_or_create_request_tracker(TierRequest(request))
@@ -126,6 +138,29 @@ class TierScheduler:
     def has_pending_push_work(self) -> bool:
         """Whether the engine must go on stepping for stores under way."""
         return bool(self._child.has_pending_push_work())
+
+    def _may_load(self, request: Request) -> bool:
+        """Return whether the tiers are to be asked for any token of a request, and keep for how many."""
+        if request.skip_reading_prefix_cache:
+            return False
+        request_id = request.request_id
+        if request_id not in self._limits:
+            self._limits[request_id] = load_limit(request_id, request.kv_transfer_params)
+        limit_tokens = self._limits[request_id]
+        return limit_tokens is None or limit_tokens >= self.access.chunk_size
+
+    def _limited(self, submit: Callable[..., None]) -> Callable[..., None]:
+        """Return a `submit` that asks for no more than a request's limit: what is found is read.
+
+        Args:
+            submit: `maybe_submit_lookup_request` of LMCache's adapter, which its connector calls.
+        """
+
+        @functools.wraps(submit)
+        def submit_up_to_limit(request_id: str, token_ids: list[int], **options: Any) -> None:  # noqa: ANN401 - handed on
+            submit(request_id, token_ids=token_ids[: self._limits.get(request_id)], **options)
+
+        return submit_up_to_limit
 
     def _forget(self, request_id: str) -> None:
         self._passed_over.discard(request_id)
@@ -150,8 +185,19 @@ def split_early_stores(parts: list[Any], num_computed: Mapping[str, int]) -> tup
     return [part for part in parts if part not in early], early
 
 
-def _may_load(request: Request) -> bool:
-    if request.skip_reading_prefix_cache:
-        return False
-    params = request.kv_transfer_params
-    return not params or params.get(LOAD_KEY) is not False
+def load_limit(request_id: str, params: Mapping[str, Any] | None) -> int | None:
+    """Return for how many leading tokens the tiers may be read; None: for all.
+
+    Args:
+        request_id: for the log.
+        params: the request's `kv_transfer_params`.
+    """
+    limit_tokens = params.get(LOAD_KEY) if params else None
+    if limit_tokens is None:
+        return None
+    if type(limit_tokens) is not int or limit_tokens < 0:
+        _log.warning(
+            "load_limit_refused", request_id=request_id, reason=f"{LOAD_KEY} is not a number of tokens"
+        )
+        return None
+    return limit_tokens

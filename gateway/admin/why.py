@@ -167,10 +167,11 @@ def explain(receipt: Receipt, choice: Choice, memory: Memory) -> Finding:
 
 
 def _tiers(choice: Choice) -> tuple[str, ...]:
-    made = "loaded" if choice.is_loading else "computed, since that was predicted to be faster"
+    computed = "computed, since that was predicted to be faster"
     return tuple(
         f"{load.num_tokens:,} tokens in {load.store} ({load.tier}), {load.ms:,.0f} ms to load: {made}"
-        for load in choice.loads
+        for loads, made in ((choice.loads, "loaded"), (choice.passed_over, computed))
+        for load in loads
     )
 
 

@@ -31,8 +31,8 @@ class Job:
     computed_tokens: int = 0
     loaded_blocks: int = 0
     """Leading blocks that are there once the tiers have been read; 0 where they are not."""
-    may_load: bool = True
-    """Whether the engine reads what tiers hold of it."""
+    load_limit_tokens: int | None = None
+    """Leading tokens that the engine reads tiers for; None: all that they hold."""
     loaded_tokens: int = 0
     """Of the cached ones, those that came from tiers."""
     step_tokens: int = 0

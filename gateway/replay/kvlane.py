@@ -146,7 +146,7 @@ class Kvlane:
         choices = plan(demand, self._reserver.foreseen(candidates, prompts), seed=int(job.decision_id, 16))
         charged = await self._reserver.charge(job.decision_id, demand, candidates, choices, prompts)
         choice = charged.choices[0]
-        job.may_load = choice.is_loading or not choice.loads
+        job.load_limit_tokens = choice.load_limit_tokens
         self._sent[job.number] = choice, charged.charges[0]
         return choice.candidate.state.slot
 
@@ -158,7 +158,7 @@ class Kvlane:
         choice, charge = self._sent.pop(job.number)
         self._index.at(now_ms)
         self._reserver.take_back(charge)
-        if choice.is_loading:
+        if choice.loads:
             self._speeds.observe(
                 choice.loads,
                 predicted_ms=choice.terms.ttft_ms,

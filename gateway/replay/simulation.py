@@ -145,14 +145,15 @@ class Simulation:
 
     async def _place(self, job: Job, now_ms: float) -> None:
         job.worker = await self._policy_of(job).choose(job, now_ms)
-        if job.may_load:
-            num_usable = (job.request.num_tokens - 1) // self._fleet.engine.block_size
-            num_cached = self._engines[job.worker].usable_blocks(job)
-            blocks = job.request.blocks[:num_usable]
-            job.loaded_blocks, ready_ms = self._tiers.load(job.worker, blocks, num_cached, now_ms)
-            if ready_ms > now_ms:
-                self._foresee(ready_ms, _Kind.LOADED, job)
-                return
+        limit_tokens = job.request.num_tokens - 1
+        if job.load_limit_tokens is not None:
+            limit_tokens = min(limit_tokens, job.load_limit_tokens)
+        blocks = job.request.blocks[: limit_tokens // self._fleet.engine.block_size]
+        num_cached = self._engines[job.worker].usable_blocks(job)
+        job.loaded_blocks, ready_ms = self._tiers.load(job.worker, blocks, num_cached, now_ms)
+        if ready_ms > now_ms:
+            self._foresee(ready_ms, _Kind.LOADED, job)
+            return
         self._submit(job, now_ms)
 
     def _submit(self, job: Job, now_ms: float) -> None:

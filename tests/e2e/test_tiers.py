@@ -123,7 +123,7 @@ def test_what_a_dead_engine_has_computed_is_known_and_loaded_by_another(tiers: T
 
     # The same tokens as if nothing had been loaded.
     httpx.post(f"http://{second}/reset_prefix_cache", timeout=PATIENCE_S).raise_for_status()
-    computed = ask(f"http://{second}", turn, kv_transfer_params={LOAD_KEY: False})
+    computed = ask(f"http://{second}", turn, kv_transfer_params={LOAD_KEY: 0})
     assert tokens_of(computed) == tokens_of(answer)
     assert num_loaded(second) - before == NUM_TOKENS
 

@@ -5,7 +5,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from connectors.params import new_transfer_id, parse_params
-from gateway.halves import divisible, make_halves, without_loads, without_transfer_params
+from gateway.halves import divisible, make_halves, with_load_limit, without_transfer_params
 from kvindex.stores import LOAD_KEY
 
 BODY = {"model": "tiny", "prompt": "Hello", "max_tokens": 50, "temperature": 0.5, "stream": True}
@@ -16,11 +16,17 @@ JSON = st.recursive(
 )
 
 
-def made(**fields):
+def made(load_limits=(None, None), **fields):
     body = json.dumps(BODY | fields).encode()
     if (fields := divisible(body)) is None:
         return None
-    found = make_halves(fields, transfer_id=new_transfer_id(), peer="10.0.0.1:7000", peer_tp_size=2)
+    found = make_halves(
+        fields,
+        transfer_id=new_transfer_id(),
+        peer="10.0.0.1:7000",
+        peer_tp_size=2,
+        load_limits=load_limits,
+    )
     return tuple(map(json.loads, found))
 
 
@@ -30,6 +36,13 @@ def test_both_halves_name_one_transfer_as_the_engines_read_it():
     assert (send.role, receive.role) == ("send", "receive")
     assert send.transfer_id == receive.transfer_id
     assert (receive.address, receive.peer_tp_size) == (("10.0.0.1", 7000), 2)
+
+
+def test_each_half_is_told_how_far_to_read_its_tiers():
+    told = [each["kv_transfer_params"] for each in made(load_limits=(256, 0))]
+    assert [each.pop(LOAD_KEY) for each in told] == [256, 0]
+    assert all(parse_params(each) for each in told)
+    assert not any(LOAD_KEY in each["kv_transfer_params"] for each in made())
 
 
 def test_the_prefill_half_asks_for_one_token_and_for_no_stream():
@@ -75,6 +88,6 @@ def test_other_bodies_stay_untouched():
 
 
 def test_a_prompt_that_is_not_to_be_loaded_says_so_and_nothing_else():
-    told = json.loads(without_loads(json.dumps(BODY).encode()))
-    assert told == BODY | {"kv_transfer_params": {LOAD_KEY: False}}
-    assert without_loads(b"[1]") is None
+    told = json.loads(with_load_limit(json.dumps(BODY).encode(), 512))
+    assert told == BODY | {"kv_transfer_params": {LOAD_KEY: 512}}
+    assert with_load_limit(b"[1]", 0) is None

@@ -6,6 +6,7 @@ import json
 
 import pytest
 
+from gateway import metrics
 from gateway.admin.why import Memory, explain
 from gateway.config import GatewayConfig
 from gateway.decision import End, Served
@@ -17,6 +18,7 @@ from kvindex.worker import Batch, Tier, TierAccess
 from tests.support.router_bench import LEASE_MS, PROMPT, Bench, blocks_of
 
 CHUNK = 64
+COUNTED = (metrics.LOADED_TOKENS, Tier.CPU), (metrics.UNLOADED_TOKENS, Tier.OBJECT)
 
 
 @pytest.fixture
@@ -121,13 +123,29 @@ async def test_what_is_slower_to_load_is_computed_and_the_engine_is_told(make):
     await bench.join("a:1", tiers=access("s3://b"))
     await keep(bench, "s3://b", Tier.OBJECT)
     decision = await bench.decide()
-    assert json.loads(decision.body)["kv_transfer_params"] == {LOAD_KEY: False}
+    assert json.loads(decision.body)["kv_transfer_params"] == {LOAD_KEY: 0}
     assert json.loads(decision.body)["model"] == "tiny"
     view = bench.receipt(decision).view()["candidates"][0]
-    assert (view["loaded_tokens"], view["loads"][0]["store"], view["terms"]["load_ms"]) == (0, "s3://b", 0)
+    assert (view["loaded_tokens"], view["loads"], view["terms"]["load_ms"]) == (0, (), 0)
+    assert view["passed_over"][0]["store"] == "s3://b"
+    assert [cut["end_token"] for cut in view["cuts"]] == [0, 384]
 
 
-async def test_a_body_stays_as_it_is_where_tiers_are_loaded_from_or_have_nothing_new(bench):
+async def test_an_engine_is_told_where_to_stop(make):
+    bench = make(tier_speeds={"object": {"gb_per_s": 0.001, "latency_ms": 1000}})
+    await bench.join("a:1", tiers=access("a/cpu", "s3://b"))
+    await keep(bench, "a/cpu", Tier.CPU, num_chunks=2)
+    await keep(bench, "s3://b", Tier.OBJECT)
+    loaded, computed = (metric.labels(tier) for metric, tier in COUNTED)
+    before = loaded._value.get(), computed._value.get()
+    decision = await bench.decide()
+    assert json.loads(decision.body)["kv_transfer_params"] == {LOAD_KEY: 128}
+    choice = bench.receipt(decision).choice
+    assert (choice.loaded_tokens, choice.uncached_tokens) == (128, len(PROMPT) - 128)
+    assert (loaded._value.get() - before[0], computed._value.get() - before[1]) == (128, 256)
+
+
+async def test_a_body_stays_as_it_is_where_all_of_the_tiers_is_loaded_or_they_have_nothing_new(bench):
     await bench.join("a:1", tiers=access("a/cpu"))
     assert (await bench.decide()).body is None
     await keep(bench, "a/cpu", Tier.CPU)

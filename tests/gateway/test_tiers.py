@@ -2,6 +2,7 @@ from __future__ import annotations
 
 import math
 
+import msgspec
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
@@ -84,7 +85,9 @@ def demand(num_tokens: int) -> Demand:
 
 def test_what_tiers_hold_is_loaded_where_that_is_faster():
     choice = weigh(demand(1000), candidate(part(CPU, 0, 640)))
-    assert (choice.is_loading, choice.loaded_tokens, choice.uncached_tokens) == (True, 640, 360)
+    assert (choice.loaded_tokens, choice.uncached_tokens, choice.passed_over) == (640, 360, ())
+    assert choice.load_limit_tokens is None
+    assert [(cut.end_token, cut.ttft_ms) for cut in choice.cuts] == [(0, 1000), (640, pytest.approx(362.64))]
     assert choice.terms.load_ms == pytest.approx(2.64)
     assert choice.terms.prefill_ms == pytest.approx(360)
     assert choice.terms.ttft_ms == pytest.approx(362.64)
@@ -93,24 +96,40 @@ def test_what_tiers_hold_is_loaded_where_that_is_faster():
 
 def test_what_is_slower_to_load_is_computed_and_the_choice_says_what_it_was():
     choice = weigh(demand(1000), candidate(part(BUCKET, 0, 640, SLOW)))
-    assert (choice.is_loading, choice.loaded_tokens, choice.uncached_tokens) == (False, 0, 1000)
-    assert choice.terms.load_ms == 0
-    assert [(load.store, load.num_tokens) for load in choice.loads] == [("s3://b", 640)]
-    assert choice.loads[0].ms == pytest.approx(740)
+    assert (choice.loads, choice.loaded_tokens, choice.uncached_tokens) == ((), 0, 1000)
+    assert (choice.terms.load_ms, choice.load_limit_tokens) == (0, 0)
+    assert [(load.store, load.num_tokens) for load in choice.passed_over] == [("s3://b", 640)]
+    assert choice.passed_over[0].ms == pytest.approx(740)
+
+
+def test_what_is_near_is_loaded_and_what_is_far_behind_it_is_computed():
+    parts = part(CPU, 0, 640), part(BUCKET, 640, 1280, SLOW)
+    choice = weigh(demand(2000), candidate(*parts, overlap=10))
+    assert [(load.store, load.num_tokens) for load in choice.loads] == [("a/cpu", 480)]
+    assert [(load.store, load.num_tokens) for load in choice.passed_over] == [("s3://b", 640)]
+    assert (choice.load_limit_tokens, choice.uncached_tokens) == (640, 1360)
+    assert [cut.end_token for cut in choice.cuts] == [160, 640, 1280]
+    assert choice.terms.ttft_ms == choice.cuts[1].ttft_ms == min(cut.ttft_ms for cut in choice.cuts)
+
+
+def test_what_is_far_is_loaded_for_the_sake_of_much_that_is_near_behind_it():
+    parts = part(BUCKET, 0, 64, TierSpeed(gb_per_s=1.0, latency_ms=200.0)), part(CPU, 64, 1984)
+    choice = weigh(demand(2000), candidate(*parts))
+    assert (choice.loaded_tokens, choice.passed_over) == (1984, ())
+    assert weigh(demand(100), candidate(*parts)).loads == ()
 
 
 def test_short_loads_are_not_worth_their_latency():
     speed = TierSpeed(gb_per_s=100.0, latency_ms=100.0)
-    assert not weigh(demand(129), candidate(part(CPU, 0, 64, speed))).is_loading
-    assert weigh(demand(1290), candidate(part(CPU, 0, 640, speed))).is_loading
+    assert not weigh(demand(129), candidate(part(CPU, 0, 64, speed))).loads
+    assert weigh(demand(1290), candidate(part(CPU, 0, 640, speed))).loads
 
 
 def test_only_what_lies_behind_the_cached_and_the_pending_blocks_is_loaded():
     choice = weigh(demand(1000), candidate(part(CPU, 0, 640), overlap=10, pending=20))
     assert (choice.cached_tokens, choice.pending_tokens, choice.loaded_tokens) == (160, 160, 320)
     choice = weigh(demand(1000), candidate(part(CPU, 0, 640), overlap=50))
-    assert choice.loads == ()
-    assert not choice.is_loading
+    assert (choice.loads, choice.passed_over, choice.cuts) == ((), (), ())
 
 
 def test_the_last_token_is_computed():
@@ -121,20 +140,35 @@ def test_the_last_token_is_computed():
 @given(
     st.integers(1, 5000),
     st.integers(0, 400),
-    st.lists(st.tuples(st.integers(1, 20), st.floats(0.001, 100), st.floats(0, 500)), max_size=4),
+    st.lists(
+        st.tuples(st.integers(0, 2), st.integers(1, 20), st.floats(0.001, 100), st.floats(0, 500)), max_size=4
+    ),
+    st.floats(0, 1e6),
 )
-def test_loading_is_never_chosen_where_computing_is_predicted_faster(num_tokens, overlap, sizes):
+def test_no_other_chunk_to_stop_at_is_predicted_to_be_sooner(num_tokens, overlap, sizes, attention_ns):
     parts, at = [], 0
-    for number, (num_chunks, gb_per_s, latency_ms) in enumerate(sizes):
-        speed = TierSpeed(gb_per_s=gb_per_s, latency_ms=latency_ms)
+    speeds = {}
+    for number, num_chunks, gb_per_s, latency_ms in sizes:
+        speed = speeds.setdefault(number, TierSpeed(gb_per_s=gb_per_s, latency_ms=latency_ms))
         named = store(f"store {number}", Tier.DISK)
         parts.append(part(named, at, at + 64 * num_chunks, speed))
         at += 64 * num_chunks
-    with_tiers = weigh(demand(num_tokens), candidate(*parts, overlap=overlap))
-    without = weigh(demand(num_tokens), candidate(overlap=overlap))
-    assert with_tiers.terms.ttft_ms <= without.terms.ttft_ms
-    assert with_tiers.cached_tokens + with_tiers.loaded_tokens + with_tiers.uncached_tokens == num_tokens
-    assert with_tiers.uncached_tokens >= 1
+    given = candidate(*parts, overlap=overlap)
+    given = msgspec.structs.replace(
+        given, profile=Profile(prefill_tokens_per_s=1000, attention_ns_per_pair=attention_ns)
+    )
+    choice = weigh(demand(num_tokens), given)
+    assert choice.cached_tokens + choice.loaded_tokens + choice.uncached_tokens == num_tokens
+    assert choice.uncached_tokens >= 1
+    for end in range(0, at + 1, 64):
+        shorter = [
+            msgspec.structs.replace(each, end_token=min(end, each.end_token))
+            for each in parts
+            if each.first_token < end
+        ]
+        all_of_it = weigh(demand(num_tokens), msgspec.structs.replace(given, tiers=tuple(shorter))).cuts
+        if all_of_it:
+            assert choice.terms.ttft_ms <= all_of_it[-1].ttft_ms * (1 + 1e-9)
 
 
 class Clock:

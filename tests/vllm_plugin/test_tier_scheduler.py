@@ -1,9 +1,25 @@
-"""What LMCache's orders are held back."""
+"""How far tiers are read, and which of LMCache's orders are held back. Real engines: `test_tiers`."""
 
 from types import SimpleNamespace
 from typing import Any
 
-from vllm_plugin.tier_scheduler import split_early_stores
+import pytest
+from structlog.testing import capture_logs
+
+from kvindex.stores import LOAD_KEY
+from vllm_plugin.tier_scheduler import load_limit, split_early_stores
+
+
+def test_a_request_says_how_far_tiers_are_read_for_it():
+    assert load_limit("a", None) is load_limit("a", {"kvlane": {}}) is None
+    assert (load_limit("a", {LOAD_KEY: 0}), load_limit("a", {LOAD_KEY: 512})) == (0, 512)
+
+
+@pytest.mark.parametrize("limit", [-1, True, 2.5, "512", [512]])
+def test_what_is_no_number_of_tokens_limits_nothing_and_is_logged(limit: object):
+    with capture_logs() as logs:
+        assert load_limit("a", {LOAD_KEY: limit}) is None
+    assert [each["event"] for each in logs] == ["load_limit_refused"]
 
 
 def order(direction: str, end: int, request_id: str = "a") -> Any:

@@ -17,6 +17,7 @@ from kvindex.blocks import Pool
 from kvindex.chunks import chunk_blocks, chunk_pool, hash_chunks
 from kvindex.config import index_config
 from kvindex.redis_index import RedisIndexReader
+from kvindex.stores import LOAD_KEY
 from tests.support.cli import kvlane
 from tests.support.lora_adapter import make_adapter
 from tests.support.ports import free_port_pair, free_ports
@@ -187,6 +188,16 @@ async def test_a_prompt_is_loaded_as_far_as_it_was_stored(fleet: Fleet):
     assert num_hit_tokens == 2 * CHUNK
     # The whole of a prompt is never loaded: its last token is computed.
     assert (await loaded(fleet.first, [start]))[1] == 2 * CHUNK - 1
+
+
+async def test_a_prompt_is_loaded_no_further_than_told(fleet: Fleet):
+    tokens = prompt(4 * CHUNK + 7)
+    [computed] = await stored(fleet, [tokens])
+    told = {0: 0, CHUNK - 1: 0, 2 * CHUNK: 2 * CHUNK, 3 * CHUNK + 5: 3 * CHUNK, 10_000: 4 * CHUNK}
+    for engine in (fleet.first, fleet.second):
+        for limit_tokens, num_hit_tokens in told.items():
+            params = {LOAD_KEY: limit_tokens}
+            assert await loaded(engine, [tokens], kv_transfer_params=params) == ([computed], num_hit_tokens)
 
 
 OWNERS = [{}, {"model": "one"}, {"model": "two"}, {"cache_salt": "a"}, {"model": "one", "cache_salt": "a"}]

@@ -143,7 +143,7 @@ def _view_receipts(found: Sequence[Mapping[str, Any]]) -> RenderableType:
 def _candidates(found: Sequence[Mapping[str, Any]]) -> RenderableType:
     if not found:
         return Text("No candidate was weighed: the index was not asked, and load alone decided.")
-    loaded = ["loaded_tokens"] if any(each["loads"] for each in found) else []
+    loaded = ["loaded_tokens"] if any(each["loads"] or each["passed_over"] for each in found) else []
     terms = [name for name in found[0]["terms"] if loaded or name != "load_ms"]
     columns = ["cached_tokens", *loaded, "uncached_tokens", "backlog_tokens"]
     columns += ["running_requests", "waiting_requests"]
@@ -161,18 +161,19 @@ def _candidates(found: Sequence[Mapping[str, Any]]) -> RenderableType:
 
 
 def _view_loads(found: Sequence[Mapping[str, Any]]) -> Iterator[RenderableType]:
-    """Show what tiers had for the candidates, and whether it was to be loaded."""
+    """Show what tiers had for the candidates, and how far it was to be loaded."""
     rows = [
         (
             each["worker"],
             load["store"],
             load["tier"],
-            "loaded" if each["loaded_tokens"] else "computed: that is faster",
+            made,
             f"{load['num_tokens']:,}",
             f"{load['ms']:,.1f}",
         )
         for each in found
-        for load in each["loads"]
+        for loads, made in (("loads", "loaded"), ("passed_over", "computed: that is faster"))
+        for load in each[loads]
     ]
     if rows:
         yield table(
