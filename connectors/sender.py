@@ -29,6 +29,11 @@ REMEMBERED_IDS = 100_000
 later.
 """
 
+MIN_FILL = 0.25
+"""Of a chunk: less waits for the next step's blocks. Each chunk takes time from the engine's own thread, and
+small ones together no longer on the wire.
+"""
+
 
 @dataclass(frozen=True, eq=False)
 class Receiver:
@@ -239,10 +244,12 @@ class Sender:
         here = self._cache.geometry
         wire = Wire.between(here, receiver.geometry, source)
         sent = first_token
+        token_bytes = here.num_layers * here.row_bytes(wire.num_heads)
+        min_tokens = max(1, int(MIN_FILL * receiver.chunk_bytes / token_bytes))
         gathering: set[asyncio.Task[None]] = set()
         try:
             while not (outgoing.is_computed and sent >= outgoing.num_ready_tokens):
-                ready = await self._wait_ready(outgoing, receiver, sent)
+                ready = await self._wait_ready(outgoing, receiver, sent + min_tokens)
                 for chunk in plan_chunks(here, wire, range(sent, ready), receiver.chunk_bytes):
                     index = await self.ring.acquire(self._config.chunk_timeout_s)
                     work = self._send_chunk(outgoing, receiver, wire, chunk, index)
@@ -257,15 +264,15 @@ class Sender:
             if outcome is not None:
                 raise outcome
 
-    async def _wait_ready(self, outgoing: Outgoing, receiver: Receiver, sent: int) -> int:
-        """Return up to where can be sent, further than `sent`: whole blocks, but for the last one."""
+    async def _wait_ready(self, outgoing: Outgoing, receiver: Receiver, wanted: int) -> int:
+        """Return up to where can be sent, at least `wanted` or all: whole blocks, but for the last one."""
 
         def ready() -> int:
             num_tokens = outgoing.num_ready_tokens
             partial = num_tokens % self._cache.geometry.block_size
             return num_tokens if outgoing.is_computed else num_tokens - partial
 
-        await self._until(outgoing, receiver, lambda: ready() > sent or outgoing.is_computed)
+        await self._until(outgoing, receiver, lambda: ready() >= wanted or outgoing.is_computed)
         return ready()
 
     async def _until(self, outgoing: Outgoing, receiver: Receiver, condition: Callable[[], bool]) -> None:

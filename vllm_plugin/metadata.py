@@ -28,7 +28,7 @@ class Computed:
     block_ids: list[int]
     """All of its physical blocks, from position 0 on."""
     num_tokens_before: int
-    """Leading tokens that are in the blocks when the step begins."""
+    """Leading tokens that are in the blocks when the step begins; 0 if the step before has said so."""
     num_tokens_after: int
 
 

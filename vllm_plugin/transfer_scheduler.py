@@ -86,15 +86,16 @@ class TransferScheduler:
         for step in compat.scheduled(output):
             if (computing := self._sending.get(step.request_id)) is None:
                 continue
+            num_tokens, num_before = computing.send.num_tokens, 0
             if step.are_all_blocks:
                 computing.block_ids = []
+                num_before = step.num_computed_tokens
             computing.block_ids.extend(step.block_ids)
-            num_tokens = computing.send.num_tokens
             metadata.computed.append(
                 Computed(
                     computing.send.transfer_id,
                     list(computing.block_ids),
-                    min(step.num_computed_tokens, num_tokens),
+                    min(num_before, num_tokens),
                     min(step.num_computed_tokens + step.num_scheduled_tokens, num_tokens),
                 )
             )

@@ -48,6 +48,14 @@ ONE_CORE_EACH = {
 }
 """What engines on a CPU get where it is not set."""
 
+ONE_PROCESS = (
+    "--distributed-executor-backend",
+    "vllm.v1.executor.uniproc_executor.UniProcExecutor",
+)
+"""Scheduler and worker together, as on one GPU. On a CPU vLLM gives the worker a process of its own, which
+spins while it waits.
+"""
+
 _WIRE = re.compile(r"kvlane_transfer_wire_(bytes|seconds)_total{.*} ([-+.e\d]+)")
 
 Ask = Callable[[list[int], int], AsyncIterator[float]]
@@ -243,6 +251,7 @@ def _engine(model: Path, device: str, link: str, engine_args: str, log: Path) ->
     arguments = [
         *("--max-model-len", "4096", "--max-num-batched-tokens", str(STEP_TOKENS)),
         *("--kv-transfer-config", json.dumps({"kv_connector_extra_config": settings})),
+        *(ONE_PROCESS if device == "cpu" else ()),
         *shlex.split(engine_args),
     ]
     environment = {**(ONE_CORE_EACH if device == "cpu" else {}), **os.environ, "UCX_TLS": link}

@@ -175,6 +175,33 @@ async def test_chunks_leave_as_soon_as_they_are_computed_and_known_blocks_are_no
     assert torch.equal(receiver.rows(RECEIVED, range(8)), known)
 
 
+async def test_a_few_tokens_wait_for_the_next_ones(start: Start):
+    sender, receiver = start(chunk_bytes=1 << 20), start(chunk_bytes=1 << 20)
+    transfer_id = new_transfer_id()
+    receiver.receive("d", sender, transfer_id, RECEIVED, range(45))
+    sender.mover.open_send("p", transfer_id, 45)
+    sender.mover.computed(transfer_id, SENT[:3], 20, None)
+
+    async def num_offered() -> int | None:
+        """Buffers that left, once the sender knows both its receiver and the tokens."""
+        part = sender.mover._sender
+        outgoing = part._live[transfer_id]
+        if not outgoing.receivers or not outgoing.num_ready_tokens:
+            return None
+        for _ in range(10):
+            await asyncio.sleep(0)
+        return part.ring.num_buffers - part.ring.num_free
+
+    async def none_was_offered() -> bool:
+        asked = asyncio.run_coroutine_threadsafe(num_offered(), sender.mover._loop)
+        return await asyncio.wrap_future(asked) == 0
+
+    await eventually(none_was_offered, PATIENCE_S)
+    sender.mover.computed(transfer_id, SENT, 45, None)
+    assert await receiver.received("d") == set()
+    assert torch.equal(receiver.rows(RECEIVED, range(45)), sender.rows(SENT, range(45)))
+
+
 @pytest.mark.parametrize(("sender_tp", "receiver_tp"), [(1, 2), (2, 1), (2, 4), (4, 2)])
 async def test_heads_find_their_ranks(start: Start, sender_tp: int, receiver_tp: int):
     senders, receivers = engine(start, sender_tp), engine(start, receiver_tp)

@@ -62,7 +62,7 @@ class TestSending:
         assert first.computed == [Computed(ID, [4, 5, 6], 32, 82)]
         # The last step computes a token of the output too, or would, and is cut at the prompt.
         second = scheduler.build_metadata(step(cached=([9], 82), num_tokens=20))
-        assert second == KvlaneMetadata(computed=[Computed(ID, [4, 5, 6, 9], 82, 100)])
+        assert second == KvlaneMetadata(computed=[Computed(ID, [4, 5, 6, 9], 0, 100)])
         sent.num_computed_tokens = 100
         assert scheduler.request_finished(sent)
         assert scheduler.build_metadata(step()) == KvlaneMetadata()
