@@ -5,11 +5,10 @@ from __future__ import annotations
 import json
 import os
 import shlex
-import shutil
 import socket
 import sys
 from collections.abc import Mapping, Sequence
-from pathlib import Path
+from importlib.util import find_spec
 from typing import Annotated, Any
 
 import typer
@@ -82,10 +81,13 @@ def serve(
     # Not an argument: a URL may carry a password, and vLLM logs its arguments.
     if redis_url:
         os.environ["KVLANE_REDIS_URL"] = redis_url
-    program = _vllm_program()
+    if find_spec("vllm") is None:
+        raise ConfigError("vLLM is not installed here: pip install 'vllm>=0.24', then kvlane beside it")
     if kept is not None and tiers is not None:
         _prepare(kept, tiers, shlex.split(tiers_args))
-    os.execv(program, [program, "serve", model, *arguments])  # noqa: S606 - no shell wanted
+    # By module: a script may be missing, or another environment's. -P: a folder `vllm` here is not meant.
+    command = [sys.executable, "-P", "-m", "vllm.entrypoints.cli.main", "serve", model, *arguments]
+    os.execv(sys.executable, command)  # noqa: S606 - no shell wanted
 
 
 def complete_arguments(
@@ -217,14 +219,5 @@ def _machine_address() -> str:
     return str(address)
 
 
-def _vllm_program() -> str:
-    """Return the `vllm` command of this environment.
-
-    Raises:
-        ConfigError: there is none.
-    """
-    beside = Path(sys.executable).with_name("vllm")
-    program = str(beside) if beside.exists() else shutil.which("vllm")
-    if program is None:
-        raise ConfigError("vLLM is not installed here: pip install 'vllm>=0.24', then kvlane beside it")
-    return program
+if __name__ == "__main__":
+    app()

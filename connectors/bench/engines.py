@@ -268,8 +268,9 @@ def serving(
     Raises:
         BenchFailed: it does not start; its last words are quoted.
     """
+    # By module: a host that only measures needs our packages on its path, and nothing installed.
     command = [
-        *(str(Path(sys.executable).with_name("kvlane")), "serve", str(model), "--served-model-name", NAME),
+        *(sys.executable, "-m", "vllm_plugin.serve", str(model), "--served-model-name", NAME),
         *("--host", "127.0.0.1", "--port", str(port), *arguments),
     ]
     with log.open("wb") as output:

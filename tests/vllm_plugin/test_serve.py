@@ -1,5 +1,8 @@
 import json
+import os
 import shlex
+import subprocess
+import sys
 
 import pytest
 from typer.testing import CliRunner
@@ -119,6 +122,14 @@ def test_a_dry_run_prints_the_command_and_takes_unknown_arguments_as_they_are():
     assert result.output.count("\n") == 1
 
 
+def test_it_is_a_program_where_no_script_is_installed():
+    command = [sys.executable, "-m", "vllm_plugin.serve", "m", "-tp", "2", "--dry-run", "--endpoint", "h:1"]
+    shown = subprocess.run(
+        command, env={**os.environ, "PATH": ""}, capture_output=True, text=True, check=True
+    )
+    assert shown.stdout.startswith("vllm serve m -tp 2 --kv-transfer-config '{")
+
+
 def test_the_model_comes_first():
     result = RUNNER.invoke(app, ["--port", "1", "m"])
     assert result.exit_code == 2
@@ -126,8 +137,7 @@ def test_the_model_comes_first():
 
 
 def test_a_missing_vllm_is_one_clear_line(monkeypatch: pytest.MonkeyPatch):
-    monkeypatch.setattr(serve.sys, "executable", "/nowhere/python")
-    monkeypatch.setenv("PATH", "/nowhere")
+    monkeypatch.setitem(sys.modules, "vllm", None)
     result = RUNNER.invoke(app, ["m", "--endpoint", "h:1"])
     assert isinstance(result.exception, ConfigError)
     assert "vLLM is not installed here" in str(result.exception)
