@@ -20,6 +20,7 @@ from gateway.replay.simulation import FleetSpec, Outcome
 from gateway.replay.tiers import read_tiers
 from gateway.replay.trace import Trace
 from gateway.replay.variations import VARIATIONS, Variation
+from gateway.replay.wire import read_roles, read_wire
 from kvindex.errors import ConfigError
 
 app = typer.Typer(add_completion=False, help="Simulate a fleet under recorded traffic.")
@@ -55,6 +56,19 @@ def replay(
     tier_belief: Annotated[
         float, typer.Option(min=0.01, help="How many times as fast as they are tiers are taken to be.")
     ] = 1.0,
+    wire: Annotated[
+        str | None,
+        typer.Option(
+            metavar="GB_PER_S[@MS]",
+            help="How KV moves between workers: our requests may be split. Without it, all stay whole.",
+        ),
+    ] = None,
+    roles: Annotated[
+        str | None,
+        typer.Option(
+            metavar="prefill=N,decode=N", help="Roles of so many workers, for our routing; the rest are both."
+        ),
+    ] = None,
     ttft_target_ms: Annotated[float, typer.Option(min=1, help="What counts as goodput.")] = 2_000.0,
     seed: Annotated[int, typer.Option(help="The same seed gives the same result.")] = 0,
     plots: Annotated[
@@ -76,6 +90,8 @@ def replay(
         num_gateways=gateways,
         tiers=read_tiers(tier or ()),
         tier_belief=tier_belief,
+        wire=read_wire(wire) if wire is not None else None,
+        roles=read_roles(roles, workers) if roles is not None else (),
     )
     names = policy or list(PolicyName)
     speeds = speed or [1.0]

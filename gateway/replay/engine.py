@@ -3,24 +3,31 @@
 Source: vLLM 0.32 `vllm/v1/core/sched/scheduler.py`, schedule: every running request first, one token for each
 that decodes, then as much of the waiting prompts as the step's token budget and the cache allow, first come
 first served. Simplified: an answer's blocks are held from the start, so that nothing is ever preempted.
+
+Of a split request one engine computes the prompt and keeps its blocks until they have been sent; the other
+takes room for them, lets those behind it pass while they come, and computes the last token again.
 """
 
 from __future__ import annotations
 
 import heapq
 import math
-from collections import deque
-from dataclasses import dataclass, field
+from collections import Counter, deque
+from dataclasses import dataclass, field, replace
 
 from gateway.profile import Profile, num_pairs
 from gateway.replay.block_cache import Allocation, BlockCache
 from gateway.replay.trace import TraceRequest
+from gateway.replay.wire import Transfer
 from kvindex.worker import Load
+
+GAP_MS = 0.01
+"""How finely times between tokens are told apart."""
 
 
 @dataclass(eq=False, slots=True)
 class Job:
-    """A request on its way, and what became of it. Times in ms of simulated time."""
+    """A request on its way, or its prefill half, and what became of it. Times in ms of simulated time."""
 
     number: int
     request: TraceRequest
@@ -40,6 +47,37 @@ class Job:
     first_token_ms: float = math.nan
     finished_ms: float = math.nan
     allocation: Allocation | None = None
+    prefill: Job | None = None
+    """The half of it that another worker has."""
+    transfer: Transfer | None = None
+    """Of a split request's halves, the same for both."""
+    is_prefill: bool = False
+    """Whether it is such a half; its blocks are held until `Engine.release`."""
+    awaits_kv: bool = False
+    """Whether another worker computes its prompt, and has not sent all of it."""
+
+    def split(self, worker: int, decision_id: str, load_limit_tokens: int | None = None) -> None:
+        """Have the prompt computed by `worker`, under a decision of its own."""
+        self.prefill = Job(
+            self.number,
+            replace(self.request, num_output_tokens=1),
+            self.arrived_ms,
+            worker=worker,
+            decision_id=decision_id,
+            load_limit_tokens=load_limit_tokens,
+            is_prefill=True,
+        )
+        self.awaits_kv, self.load_limit_tokens = True, 0
+
+    @property
+    def num_hit_tokens(self) -> int:
+        """Prompt tokens that nobody had to compute."""
+        return (self.prefill or self).cached_tokens
+
+    @property
+    def num_loaded_tokens(self) -> int:
+        """Of these, those that came from tiers."""
+        return (self.prefill or self).loaded_tokens
 
     @property
     def ttft_ms(self) -> float:
@@ -71,6 +109,8 @@ class Ended:
 
     first_tokens: list[Job] = field(default_factory=list)
     finished: list[Job] = field(default_factory=list)
+    computed: list[tuple[Job, int]] = field(default_factory=list)
+    """Prefill halves, and how many tokens of their prompts are computed now."""
 
 
 class Engine:
@@ -81,7 +121,13 @@ class Engine:
         self.cache = BlockCache(spec.num_blocks)
         self.wake_ms = math.inf
         self.busy_ms = 0.0
+        self.num_gaps: Counter[int] = Counter()
+        """Tokens by the time since the one before in the same answer, in `GAP_MS`."""
         self.waiting: deque[Job] = deque()
+        self.asking: list[Job] = []
+        """Requests that have room for their KV now; whoever reads them takes them away."""
+        self._receiving: set[Job] = set()
+        self._sending: list[tuple[Job, int]] = []
         self._prefilling: list[Job] = []
         self._decoding: list[tuple[int, int, Job]] = []
         self._context_tokens = 0
@@ -100,6 +146,31 @@ class Engine:
         """Take `job` in; it is looked at when the present step is over."""
         job.cached_tokens = max(self.usable_blocks(job), job.loaded_blocks) * self.spec.block_size
         self.waiting.append(job)
+        self._look(now_ms)
+
+    def received(self, job: Job, now_ms: float) -> float:
+        """Go on with a request whose KV has come; return when that is noticed: at the end of a step."""
+        self._receiving.remove(job)
+        job.awaits_kv = False
+        job.computed_tokens = job.request.num_tokens - 1
+        if job.allocation is not None:
+            full = job.request.num_tokens // self.spec.block_size
+            self.cache.fill(job.allocation, job.request.blocks[len(job.allocation.blocks) : full])
+        self.waiting.appendleft(job)
+        is_idle = not self.is_busy
+        self._look(now_ms)
+        return now_ms if is_idle else self.wake_ms
+
+    def release(self, job: Job, now_ms: float) -> None:
+        """Let go of the blocks of a prefill half."""
+        if job.allocation is not None:
+            self.cache.free(job.allocation, 0)
+            job.allocation = None
+        if self.waiting:
+            self._look(now_ms)
+
+    def _look(self, now_ms: float) -> None:
+        """Look at what waits as soon as the present step is over."""
         if self.wake_ms == math.inf:
             self._begin(now_ms)
         elif not self._is_prefill:
@@ -116,17 +187,22 @@ class Engine:
         running = [*self._prefilling, *self._prefilled]
         waiting = [*self.waiting, *running]
         return Load(
-            waiting_requests=len(self.waiting),
+            waiting_requests=len(self.waiting) + len(self._receiving),
             running_requests=len(running) + len(self._decoding),
-            waiting_prefill_tokens=sum(job.request.num_tokens - _done_tokens(job) for job in waiting),
+            waiting_prefill_tokens=sum(job.request.num_tokens - _done_tokens(job) for job in waiting)
+            + len(self._receiving),
             running_tokens=self._context_tokens,
             kv_usage=self.cache.num_used_blocks / self.cache.num_blocks,
             waiting_prefill_pairs=sum(_pairs_left(job) for job in waiting),
         )
 
     def _end(self, now_ms: float) -> Ended:
-        ended = Ended()
+        ended = Ended(computed=self._sending)
+        self._sending = []
         self.busy_ms += now_ms - self._began_ms
+        if self._decoding:
+            gap_ms = (now_ms - self._began_ms) / self._num_steps
+            self.num_gaps[round(gap_ms / GAP_MS)] += self._num_steps * len(self._decoding)
         self._decoded_steps += self._num_steps
         self._context_tokens += self._num_steps * len(self._decoding)
         for job in self._prefilled:
@@ -146,7 +222,7 @@ class Engine:
         num_tokens = job.request.num_tokens + job.request.num_output_tokens
         self._context_tokens -= num_tokens
         job.finished_ms = now_ms
-        if job.allocation is not None:
+        if job.allocation is not None and not job.is_prefill:
             num_full = num_tokens // self.spec.block_size
             num_generated = max(0, num_full - len(job.allocation.blocks))
             self.cache.free(job.allocation, num_generated)
@@ -180,9 +256,13 @@ class Engine:
         num_running = len(self._decoding) + len(self._prefilled) + len(going_on)
         while budget > 0 and self.waiting and num_running < self.spec.max_num_seqs:
             job = self.waiting[0]
-            if not self._admit(job):
+            if job.allocation is None and not self._admit(job):
                 break
             self.waiting.popleft()
+            if job.awaits_kv:
+                self._receiving.add(job)
+                self.asking.append(job)
+                continue
             num_running += 1
             prefill_ms += self._compute(job, budget)
             budget -= self._computed
@@ -217,6 +297,8 @@ class Engine:
         pairs = num_pairs(num_tokens, job.computed_tokens)
         job.computed_tokens += num_tokens
         job.step_tokens = num_tokens
+        if job.is_prefill:
+            self._sending.append((job, job.computed_tokens))
         allocation = job.allocation
         if allocation is not None and job.request.blocks:
             full = job.computed_tokens // self.spec.block_size

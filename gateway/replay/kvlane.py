@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from functools import partial
 
 from gateway.calls import Calls
 from gateway.config import load_config
@@ -12,6 +13,7 @@ from gateway.replay.engine import Job
 from gateway.replay.simulation import FleetSpec
 from gateway.replay.tiers import reached_by, store_specs
 from gateway.reserve import Charge, Prompts, Reserver
+from gateway.split import Split, best_split
 from gateway.tiers import TierSpeeds
 from kvindex.blocks import BlockHash
 from kvindex.memory_index import MemoryIndex, MemoryIndexReader, MemoryIndexWriter
@@ -105,6 +107,7 @@ class Kvlane:
     def __init__(self, fleet: FleetSpec, index: SimulatedIndex, seed: int) -> None:
         self._index = index
         self._seed = seed
+        self._fleet = fleet
         config = load_config(index_deadline_ms=FOREVER_MS // 1_000_000)
         self._reserver = Reserver(config, index.reader, Calls())
         self._rates = Rates(fleet.engine.profile)
@@ -113,7 +116,7 @@ class Kvlane:
             clock=lambda: self._index.now_ms / 1000,
         )
         self._found: dict[int, tuple[Demand, tuple[Candidate, ...], Prompts]] = {}
-        self._sent: dict[int, tuple[Choice, Charge]] = {}
+        self._sent: dict[int, tuple[Choice, Split | None, tuple[Charge, ...]]] = {}
 
     async def look(self, job: Job, now_ms: float) -> None:
         """See `Policy`: match."""
@@ -134,6 +137,7 @@ class Kvlane:
                 pending_blocks=pending.get(state.slot, 0),
                 profile=self._rates.profile(worker),
                 tiers=self._speeds.parts(worker.tiers, holders) if worker.tiers else (),
+                role=self._fleet.role(state.slot),
             )
             for worker, state in workers
         )
@@ -144,10 +148,17 @@ class Kvlane:
         self._index.at(now_ms)
         demand, candidates, prompts = self._found.pop(job.number)
         choices = plan(demand, self._reserver.foreseen(candidates, prompts), seed=int(job.decision_id, 16))
-        charged = await self._reserver.charge(job.decision_id, demand, candidates, choices, prompts)
+        propose = partial(best_split, demand) if self._fleet.wire is not None else None
+        charged = await self._reserver.charge(
+            job.decision_id, demand, candidates, choices, prompts, propose=propose
+        )
         choice = charged.choices[0]
         job.load_limit_tokens = choice.load_limit_tokens
-        self._sent[job.number] = choice, charged.charges[0]
+        if charged.split is not None:
+            first = charged.split.prefill
+            prefill_id = charged.charges[0].decision_id
+            job.split(first.candidate.state.slot, prefill_id, first.load_limit_tokens)
+        self._sent[job.number] = choice, charged.split, charged.charges
         return choice.candidate.state.slot
 
     def first_token(self, job: Job, now_ms: float) -> None:
@@ -155,9 +166,12 @@ class Kvlane:
 
     def finished(self, job: Job, now_ms: float) -> None:
         """See `Policy`: settle, and learn from the time to first token."""
-        choice, charge = self._sent.pop(job.number)
+        choice, split, charges = self._sent.pop(job.number)
         self._index.at(now_ms)
-        self._reserver.take_back(charge)
+        for charge in charges:
+            self._reserver.take_back(charge)
+        if split is not None:
+            return
         if choice.loads:
             self._speeds.observe(
                 choice.loads,
@@ -179,8 +193,9 @@ class Kvlane:
 
 
 def _describe(fleet: FleetSpec, number: int) -> Worker:
+    host = f"10.0.{number // 250}.{number % 250 + 1}"
     return Worker(
-        endpoint=f"10.0.{number // 250}.{number % 250 + 1}:8000",
+        endpoint=f"{host}:8000",
         model=_MODEL,
         block_size=fleet.engine.block_size,
         num_blocks=fleet.engine.num_blocks,
@@ -188,6 +203,7 @@ def _describe(fleet: FleetSpec, number: int) -> Worker:
         max_model_len=1 << 30,
         incarnation=f"{number:016x}",
         max_num_batched_tokens=fleet.engine.max_num_batched_tokens,
+        transfer_address=f"{host}:5600" if fleet.wire is not None else "",
         tiers=TierAccess(
             model=_MODEL, chunk_size=fleet.engine.block_size, stores=reached_by(fleet.tiers, number)
         )

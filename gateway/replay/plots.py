@@ -84,7 +84,7 @@ def _hit_rates(jobs: Iterable[Job]) -> tuple[list[float], list[float]]:
     cached, asked = [0] * (NUM_WINDOWS + 1), [0] * (NUM_WINDOWS + 1)
     for job in ordered:
         window = min(int(job.arrived_ms / window_ms), NUM_WINDOWS)
-        cached[window] += job.cached_tokens
+        cached[window] += job.num_hit_tokens
         asked[window] += job.request.num_tokens
     filled = [window for window in range(NUM_WINDOWS + 1) if asked[window]]
     minutes = [(window + 1) * window_ms / 60_000 for window in filled]

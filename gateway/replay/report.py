@@ -26,8 +26,10 @@ class Report(msgspec.Struct, frozen=True, kw_only=True):
 
 
 def show(console: Console, report: Report) -> None:
-    """Print a table for each rate: seconds, shares, and the busiest worker over the mean."""
-    for rate, summaries in groupby(report.summaries, lambda each: each.requests_per_s):
+    """Print two tables for each rate: seconds, shares and the busiest worker over the mean; times between
+    tokens, and what was split."""
+    for rate, group in groupby(report.summaries, lambda each: each.requests_per_s):
+        summaries = list(group)
         table = Table(
             title=f"{report.trace}: {report.fleet.num_workers} workers, {rate:.2f} requests/s; one cache of "
             f"the same size would give a hit rate of {report.pooled_hit_rate:.1%}",
@@ -48,6 +50,25 @@ def show(console: Console, report: Report) -> None:
                 f"{each.busiest_over_mean:.2f}",
             )
         console.print(table)
+        console.print(_between_tokens(report, summaries))
+
+
+def _between_tokens(report: Report, summaries: list[Summary]) -> Table:
+    table = Table(title="Time between tokens (ms), and what was split", title_justify="left")
+    table.add_column("policy", no_wrap=True)
+    split = ("split", "moved", "overlap") if report.fleet.wire else ()
+    for column in ("mean", "p50", "p90", "p99", *split):
+        table.add_column(column, justify="right")
+    for each in summaries:
+        itl = each.itl_ms
+        moved = (
+            str(each.num_split),
+            f"{each.transferred_bytes / 1e9:.0f} GB",
+            f"{each.transfer_overlap:.0%}",
+        )
+        times = (f"{value:.1f}" for value in (itl.mean, itl.p50, itl.p90, itl.p99))
+        table.add_row(each.policy, *times, *(moved if split else ()))
+    return table
 
 
 def _seconds(*times_ms: float) -> list[str]:

@@ -3,12 +3,16 @@
 from __future__ import annotations
 
 import asyncio
+import bisect
+import itertools
 import statistics
 import time
+from collections import Counter
 from collections.abc import Callable
 
 import msgspec
 
+from gateway.replay.engine import GAP_MS
 from gateway.replay.fleets import check_fits
 from gateway.replay.knowledge import Told
 from gateway.replay.kvlane import Kvlane, SimulatedIndex
@@ -34,6 +38,8 @@ class Summary(msgspec.Struct, frozen=True, kw_only=True):
     """Of the trace."""
     ttft_ms: Quantiles
     e2e_ms: Quantiles
+    itl_ms: Quantiles
+    """Between two tokens of an answer, over all tokens."""
     hit_rate: float
     """Prompt tokens that the engines had cached or loaded, of all."""
     loaded_rate: float = 0.0
@@ -42,6 +48,15 @@ class Summary(msgspec.Struct, frozen=True, kw_only=True):
     """Requests a second whose first token came in time."""
     busiest_over_mean: float
     """Computing time of the busiest worker over the mean of all."""
+    num_split: int = 0
+    """Requests whose prompt and answer were computed by two workers."""
+    num_expired: int = 0
+    """Requests that were to be, and whose worker had no room for the KV in time: it computed the prompt."""
+    transferred_bytes: int = 0
+    transfer_overlap: float = 0.0
+    """Share of the time on the wire in which prompts were still being computed."""
+    transfer_wait_ms: float = 0.0
+    """Mean time from there to the arrival of the last block."""
 
 
 def play(
@@ -79,7 +94,8 @@ def summarize(policy: PolicyName, trace: Trace, outcome: Outcome, *, ttft_target
     Args:
         ttft_target_ms: a first token within this time counts as goodput.
     """
-    jobs = outcome.jobs
+    jobs, transfers = outcome.jobs, outcome.transfers
+    wire_ms, waited_ms = sum(each.wire_ms for each in transfers), sum(each.waited_ms for each in transfers)
     in_time = sum(job.ttft_ms <= ttft_target_ms for job in jobs)
     mean_busy_ms = statistics.fmean(outcome.busy_ms)
     return Summary(
@@ -87,16 +103,35 @@ def summarize(policy: PolicyName, trace: Trace, outcome: Outcome, *, ttft_target
         requests_per_s=trace.requests_per_s,
         ttft_ms=_quantiles([job.ttft_ms for job in jobs]),
         e2e_ms=_quantiles([job.e2e_ms for job in jobs]),
-        hit_rate=sum(job.cached_tokens for job in jobs) / sum(job.request.num_tokens for job in jobs),
-        loaded_rate=sum(job.loaded_tokens for job in jobs) / sum(job.request.num_tokens for job in jobs),
+        itl_ms=_weighted_quantiles(outcome.num_gaps),
+        hit_rate=sum(job.num_hit_tokens for job in jobs) / sum(job.request.num_tokens for job in jobs),
+        loaded_rate=sum(job.num_loaded_tokens for job in jobs) / sum(job.request.num_tokens for job in jobs),
         goodput_per_s=trace.requests_per_s * in_time / len(jobs),
         busiest_over_mean=max(outcome.busy_ms) / mean_busy_ms if mean_busy_ms else 1.0,
+        num_split=sum(job.prefill is not None for job in jobs),
+        num_expired=outcome.num_expired,
+        transferred_bytes=sum(each.num_bytes for each in transfers),
+        transfer_overlap=max(0.0, 1 - waited_ms / wire_ms) if wire_ms else 0.0,
+        transfer_wait_ms=waited_ms / len(transfers) if transfers else 0.0,
     )
 
 
 def _quantiles(values: list[float]) -> Quantiles:
     cuts = statistics.quantiles(values, n=100, method="inclusive") if len(values) > 1 else values * 99
     return Quantiles(statistics.fmean(values), cuts[49], cuts[89], cuts[98])
+
+
+def _weighted_quantiles(num_gaps: Counter[int]) -> Quantiles:
+    """Return the quantiles of durations that are counted by their length in `GAP_MS`."""
+    total = num_gaps.total()
+    if not total:
+        return Quantiles(0.0, 0.0, 0.0, 0.0)
+    ordered = sorted(num_gaps.items())
+    ends = list(itertools.accumulate(count for _, count in ordered))
+    p50, p90, p99 = (
+        ordered[bisect.bisect_left(ends, share * total)][0] * GAP_MS for share in (0.5, 0.9, 0.99)
+    )
+    return Quantiles(sum(gap * count for gap, count in ordered) * GAP_MS / total, p50, p90, p99)
 
 
 class Timed(msgspec.Struct, frozen=True):

@@ -4,14 +4,18 @@ from __future__ import annotations
 
 import enum
 import heapq
+from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, Protocol
 
+import msgspec
+
 from gateway.replay.engine import Engine, EngineSpec, Job
 from gateway.replay.tiers import SimulatedTiers, TierSpec
 from gateway.replay.trace import Trace
-from kvindex.worker import Load
+from gateway.replay.wire import LEASE_MS, Transfer, Wires, WireSpec
+from kvindex.worker import Load, Role
 
 
 @dataclass(frozen=True, slots=True)
@@ -32,6 +36,14 @@ class FleetSpec:
     """What every worker has behind its own cache, fastest first; a worker is a node."""
     tier_belief: float = 1.0
     """How many times as fast as they are the plan takes tiers to be, before it measures."""
+    wire: WireSpec | None = None
+    """How KV moves between workers; None where it does not, and every request stays whole."""
+    roles: tuple[Role, ...] = ()
+    """Of each worker; without any, all are for both."""
+
+    def role(self, worker: int) -> Role:
+        """Return what a worker is asked to do."""
+        return self.roles[worker] if self.roles else Role.BOTH
 
 
 class Policy(Protocol):
@@ -41,7 +53,7 @@ class Policy(Protocol):
         """See the request arrive; what it is sent by is known at this moment."""
 
     async def choose(self, job: Job, now_ms: float) -> int:
-        """Return the request's worker."""
+        """Return the request's worker: who answers, where `Job.split` has another compute the prompt."""
 
     def first_token(self, job: Job, now_ms: float) -> None:
         """See the answer to one of its own requests begin."""
@@ -73,6 +85,8 @@ class _Kind(enum.IntEnum):
     ARRIVE = 4
     PLACE = 5
     LOADED = 6
+    RECEIVED = 7
+    LEASE = 8
 
 
 @dataclass(frozen=True, slots=True)
@@ -83,6 +97,12 @@ class Outcome:
     num_workers: int
     busy_ms: tuple[float, ...]
     """Time in which each engine computed."""
+    num_gaps: Counter[int]
+    """Tokens of all answers by the time since the one before (`Engine.num_gaps`)."""
+    transfers: tuple[Transfer, ...]
+    """KV that moved between workers, for requests that were split."""
+    num_expired: int
+    """Requests that were to be split, and for whose KV there was no room in time."""
 
 
 class Simulation:
@@ -92,18 +112,31 @@ class Simulation:
         self, fleet: FleetSpec, trace: Trace, policies: Sequence[Policy], surroundings: Surroundings
     ) -> None:
         self._fleet = fleet
-        self._trace = trace
+        self._jobs = [Job(number, each, each.at_ms) for number, each in enumerate(trace.requests)]
         self._policies = policies
         self._surroundings = surroundings
         self._engines = [Engine(fleet.engine) for _ in range(fleet.num_workers)]
         self._tiers = SimulatedTiers(
             fleet.tiers, fleet.num_workers, fleet.engine.block_size * fleet.engine.bytes_per_token
         )
+        self._wires = Wires(
+            fleet.wire or WireSpec(0.0),
+            fleet.num_workers,
+            bytes_per_token=fleet.engine.bytes_per_token,
+            block_size=fleet.engine.block_size,
+        )
+        self._transfers: list[Transfer] = []
+        self._num_expired = 0
         self._planned_ms = [-1.0] * fleet.num_workers
         self._accepted: list[list[str]] = [[] for _ in range(fleet.num_workers)]
         self._reporting = [False] * fleet.num_workers
         self._events: list[tuple[float, int, int, Any]] = []
         self._num_events = 0
+
+    @property
+    def num_used_blocks(self) -> int:
+        """Return the blocks that requests and transfers hold, in all engines."""
+        return sum(engine.cache.num_used_blocks for engine in self._engines)
 
     async def run(self, progress: Callable[[], None] = lambda: None) -> Outcome:
         """Play the trace to the last token of its last request.
@@ -111,8 +144,7 @@ class Simulation:
         Args:
             progress: called for every request that arrives.
         """
-        jobs = [Job(number, each, each.at_ms) for number, each in enumerate(self._trace.requests)]
-        for job in jobs:
+        for job in self._jobs:
             self._foresee(job.arrived_ms, _Kind.ARRIVE, job)
         while self._events:
             now_ms, kind, _, subject = heapq.heappop(self._events)
@@ -132,9 +164,20 @@ class Simulation:
                 self._surroundings.kept(store, changes, now_ms)
             elif kind == _Kind.LOADED:
                 self._submit(subject, now_ms)
+            elif kind == _Kind.RECEIVED:
+                self._receive(subject, now_ms)
+            elif kind == _Kind.LEASE:
+                self._expire(subject, now_ms)
             else:
                 self._report(subject, now_ms)
-        return Outcome(tuple(jobs), len(self._engines), tuple(engine.busy_ms for engine in self._engines))
+        return Outcome(
+            tuple(self._jobs),
+            len(self._engines),
+            tuple(engine.busy_ms for engine in self._engines),
+            sum((engine.num_gaps for engine in self._engines), Counter()),
+            tuple(self._transfers),
+            self._num_expired,
+        )
 
     def _foresee(self, at_ms: float, kind: _Kind, subject: object) -> None:
         self._num_events += 1
@@ -145,6 +188,12 @@ class Simulation:
 
     async def _place(self, job: Job, now_ms: float) -> None:
         job.worker = await self._policy_of(job).choose(job, now_ms)
+        if (half := job.prefill) is not None:
+            job.transfer = half.transfer = Transfer(half.worker, job.worker, job.request.num_tokens)
+            self._hand_over(half, now_ms)
+        self._hand_over(job, now_ms)
+
+    def _hand_over(self, job: Job, now_ms: float) -> None:
         limit_tokens = job.request.num_tokens - 1
         if job.load_limit_tokens is not None:
             limit_tokens = min(limit_tokens, job.load_limit_tokens)
@@ -166,14 +215,55 @@ class Simulation:
         if engine.wake_ms != now_ms:
             return  # It was foreseen before an arrival changed the plan.
         ended = engine.wake(now_ms)
+        for half, num_tokens in ended.computed:
+            self._computed(half, num_tokens, now_ms)
         for job in ended.first_tokens:
-            self._policy_of(job).first_token(job, now_ms)
+            if not job.is_prefill:
+                self._policy_of(job).first_token(job, now_ms)
         for job in ended.finished:
-            self._policy_of(job).finished(job, now_ms)
+            if not job.is_prefill:
+                self._policy_of(job).finished(job, now_ms)
         self._go_on(worker, now_ms)
+
+    def _computed(self, half: Job, num_tokens: int, now_ms: float) -> None:
+        if (transfer := half.transfer) is not None:
+            self._arrives(half, self._wires.computed(transfer, num_tokens, now_ms))
+            if num_tokens == transfer.num_tokens and not transfer.is_asked_for:
+                self._foresee(now_ms + LEASE_MS, _Kind.LEASE, half)
+
+    def _ask(self, job: Job, now_ms: float) -> None:
+        if job.transfer is not None:
+            self._arrives(job, self._wires.asked(job.transfer, job.cached_tokens, now_ms))
+
+    def _arrives(self, of: Job, arrived_ms: float | None) -> None:
+        if arrived_ms is not None:
+            self._foresee(arrived_ms, _Kind.RECEIVED, self._jobs[of.number])
+
+    def _receive(self, job: Job, now_ms: float) -> None:
+        if job.transfer is not None and job.prefill is not None:
+            self._transfers.append(job.transfer)
+            noticed_ms = self._engines[job.worker].received(job, now_ms)
+            self._wires.noticed(job.transfer, noticed_ms)
+            self._go_on(job.worker, now_ms)
+            self._release(job.prefill, now_ms)
+
+    def _expire(self, half: Job, now_ms: float) -> None:
+        if half.transfer is not None and not half.transfer.is_asked_for:
+            job = self._jobs[half.number]
+            job.prefill, job.awaits_kv = None, False
+            self._num_expired += 1
+            self._release(half, now_ms)
+
+    def _release(self, half: Job, now_ms: float) -> None:
+        self._engines[half.worker].release(half, now_ms)
+        self._go_on(half.worker, now_ms)
 
     def _go_on(self, worker: int, now_ms: float) -> None:
         engine = self._engines[worker]
+        if engine.asking:
+            asking, engine.asking = engine.asking, []
+            for job in asking:
+                self._ask(job, now_ms)
         if engine.wake_ms != self._planned_ms[worker]:
             self._planned_ms[worker] = engine.wake_ms
             if engine.is_busy:
@@ -199,4 +289,10 @@ class Simulation:
     def _tell(self, worker: int, now_ms: float) -> None:
         engine = self._engines[worker]
         accepted, self._accepted[worker] = self._accepted[worker], []
-        self._surroundings.reported(worker, engine.load(), accepted, now_ms)
+        load = engine.load()
+        if self._fleet.wire is not None:
+            pace = self._wires.paces[worker]
+            load = msgspec.structs.replace(
+                load, transfer_gb_per_s=pace.gb_per_s, transfer_latency_ms=pace.latency_ms
+            )
+        self._surroundings.reported(worker, load, accepted, now_ms)

@@ -7,7 +7,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from gateway.profile import Profile
-from gateway.replay.engine import Engine, EngineSpec, Job
+from gateway.replay.engine import GAP_MS, Engine, EngineSpec, Job
 from gateway.replay.trace import TraceRequest
 
 PROFILE = Profile(
@@ -134,3 +134,53 @@ def test_the_load_is_what_is_waiting_and_what_is_decoding():
     assert load.waiting_prefill_tokens == 700 - 255 + 255 // 2  # half of the step under way
     assert load.running_tokens >= 101
     assert not math.isinf(engine.wake_ms)
+
+
+def test_times_between_tokens_are_counted_token_by_token():
+    engine = Engine(spec())
+    decoding, long = job(0, 100, 5), job(1, 500, 1, at=16.0)
+    play(engine, [decoding, long])
+    assert engine.num_gaps.total() == 4
+    # One step of its own, two beside the long prompt's chunks, and one of its own.
+    chunks = sorted(engine.num_gaps.elements())[-2:]
+    assert chunks[0] * GAP_MS > 24
+    assert sum(engine.num_gaps.elements()) * GAP_MS == pytest.approx(
+        decoding.finished_ms - decoding.first_token_ms, abs=0.02
+    )
+
+
+def test_a_prefill_half_keeps_its_blocks_until_they_are_released():
+    engine = Engine(spec())
+    whole = job(0, 400, 50, blocks=range(25))
+    whole.split(0, "half")
+    half = whole.prefill
+    engine.submit(half, 0.0)
+    computed = []
+    while engine.is_busy:
+        computed += [num_tokens for _, num_tokens in engine.wake(engine.wake_ms).computed]
+    assert computed == [256, 400]
+    assert half.finished_ms == half.first_token_ms
+    assert engine.cache.num_used_blocks > 0
+    engine.release(half, engine.wake_ms)
+    assert engine.cache.num_used_blocks == 0
+    assert engine.cache.num_leading(range(25)) == 25
+
+
+def test_a_decode_half_holds_room_computes_one_token_and_lets_others_pass():
+    engine = Engine(spec())
+    waiting, behind = job(0, 400, 3, blocks=range(25)), job(1, 64)
+    waiting.split(1, "half")
+    engine.submit(waiting, 0.0)
+    assert engine.asking == [waiting]
+    assert not engine.is_busy
+    assert engine.cache.num_used_blocks == 26
+    assert engine.load().waiting_requests == 1
+    assert engine.load().waiting_prefill_tokens == 1
+    play(engine, [behind])
+    assert not math.isnan(behind.finished_ms)
+    assert math.isnan(waiting.first_token_ms)
+    assert engine.received(waiting, 100.0) == 100.0
+    play(engine, [])
+    assert waiting.first_token_ms == pytest.approx(100 + 5 + 0.1 + 399.5 * 10 / 1e6)
+    assert engine.cache.num_leading(range(25)) == 25
+    assert engine.cache.num_used_blocks == 0

@@ -14,7 +14,9 @@ from gateway.replay.run import play, summarize
 from gateway.replay.simulation import FleetSpec
 from gateway.replay.trace import Trace, TraceRequest, make_trace
 from gateway.replay.variations import VARIATIONS
+from gateway.replay.wire import WireSpec
 from kvindex.errors import ConfigError
+from kvindex.worker import Role
 from tests.support.cli import kvlane
 
 MOONCAKE = Path(__file__).parents[2] / "data" / "mooncake_conversation_head.jsonl"
@@ -58,6 +60,38 @@ def test_conversations_go_where_their_blocks_are():
     }
     assert rates[PolicyName.KVLANE] > 0.9 * hit_rate(trace, pooled_hits(trace, float("inf")))
     assert rates[PolicyName.RANDOM] < 0.5 * rates[PolicyName.KVLANE]
+
+
+def test_prompts_are_computed_by_prefill_workers_where_that_costs_less(trace):
+    engine = EngineFile(kv_bytes_per_token=1_000, max_num_batched_tokens=2_048).spec(trace.block_size)
+    spec = FleetSpec(
+        engine=engine,
+        num_workers=3,
+        wire=WireSpec(10.0, 1.0),
+        roles=(Role.PREFILL, Role.DECODE, Role.BOTH),
+    )
+    busy = trace.at_speed(0.15)
+    outcome = play(PolicyName.KVLANE, spec, busy, seed=0)
+    summary = summarize(PolicyName.KVLANE, busy, outcome, ttft_target_ms=2000)
+    split = [job for job in outcome.jobs if job.prefill is not None]
+    assert 0 < len(split) == summary.num_split == len(outcome.transfers) < len(outcome.jobs)
+    assert {job.prefill.worker for job in split} <= {0, 2}
+    assert {job.worker for job in outcome.jobs} == {1, 2}
+    assert 0 < summary.transfer_overlap < 1
+    assert (
+        summary.transferred_bytes
+        == sum(each.num_bytes for each in outcome.transfers)
+        <= 1_000 * sum(job.request.num_tokens for job in split)
+    )
+    assert summary == summarize(
+        PolicyName.KVLANE, busy, play(PolicyName.KVLANE, spec, busy, seed=0), ttft_target_ms=2000
+    )
+    still = FleetSpec(engine=engine, num_workers=3, roles=spec.roles)
+    whole = summarize(
+        PolicyName.KVLANE, busy, play(PolicyName.KVLANE, still, busy, seed=0), ttft_target_ms=2000
+    )
+    assert whole.num_split == 0
+    assert summary.itl_ms.mean < whole.itl_ms.mean
 
 
 @pytest.mark.parametrize("variation", VARIATIONS)
@@ -106,12 +140,16 @@ def test_the_command_writes_a_table_and_json(tmp_path):
         str(file),
     ]
     options += ["--plots", str(tmp_path / "plots")]
+    options += ["--wire", "50@2", "--roles", "prefill=2"]
     result = kvlane("replay", str(MOONCAKE), *options)
     assert result.returncode == 0, result.stderr
+    assert "overlap" in result.stdout
     assert "block" not in result.stdout
     assert "random" in result.stdout
     written = json.loads(file.read_text())
     assert [each["policy"] for each in written["summaries"]] == ["kvlane", "random"]
+    assert written["fleet"]["roles"] == ["prefill"] * 2 + ["both"] * 6
+    assert written["summaries"][0]["itl_ms"]["p99"] > 0
     plots = sorted((tmp_path / "plots").iterdir())
     assert [each.name for each in plots] == ["e2e.png", "goodput.png", "hit_rate.png", "load.png", "ttft.png"]
     assert all(each.read_bytes().startswith(b"\x89PNG") for each in plots)
