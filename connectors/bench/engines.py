@@ -27,6 +27,7 @@ import httpx
 from rich.console import Console
 
 from connectors.bench.ports import free_ports
+from connectors.bench.transport import gpu_of
 from connectors.errors import BenchFailed
 from connectors.params import new_transfer_id
 from kvindex.figures import Figure
@@ -111,8 +112,10 @@ def run(model: Path, device: str, link: str, engine_args: str, console: Console)
         console.print("starting two engines")
         logs = Path(stack.enter_context(tempfile.TemporaryDirectory()))
         prefill, decode = (
-            stack.enter_context(_engine(model, device, link, engine_args, logs / name))
-            for name in ("prefill", "decode")
+            stack.enter_context(
+                _engine(model, device, {"UCX_TLS": link, **gpu_of(device, index)}, engine_args, logs / name)
+            )
+            for index, name in enumerate(("prefill", "decode"))
         )
         return asyncio.run(_measure(prefill, decode, console))
 
@@ -241,7 +244,9 @@ async def _gaps_ms(decode: Engine, ask: Ask | None, prompt: Callable[[], list[in
 
 
 @contextmanager
-def _engine(model: Path, device: str, link: str, engine_args: str, log: Path) -> Iterator[Engine]:
+def _engine(
+    model: Path, device: str, environment: Mapping[str, str], engine_args: str, log: Path
+) -> Iterator[Engine]:
     port, transfer_port, metrics_port = free_ports(3)
     settings = {
         "kvlane.transfer_port": transfer_port,
@@ -254,7 +259,7 @@ def _engine(model: Path, device: str, link: str, engine_args: str, log: Path) ->
         *(ONE_PROCESS if device == "cpu" else ()),
         *shlex.split(engine_args),
     ]
-    environment = {**(ONE_CORE_EACH if device == "cpu" else {}), **os.environ, "UCX_TLS": link}
+    environment = {**(ONE_CORE_EACH if device == "cpu" else {}), **os.environ, **environment}
     with serving(model, port, arguments, environment, log):
         yield Engine(port, transfer_port, metrics_port)
 

@@ -116,6 +116,20 @@ def memcpy_s(device: str, num_bytes: int) -> float:
     return time.perf_counter() - started
 
 
+def gpu_of(device: str, index: int) -> dict[str, str]:
+    """Return the environment in which a process has a GPU of its own, if there are as many.
+
+    Args:
+        device: `cpu` or `cuda`.
+        index: of the process: 0 or 1.
+    """
+    if device == "cpu":
+        return {}
+    visible = os.environ.get("CUDA_VISIBLE_DEVICES")
+    gpus = visible.split(",") if visible else [str(each) for each in range(torch.cuda.device_count())]
+    return {"CUDA_VISIBLE_DEVICES": gpus[min(index, len(gpus) - 1)]}
+
+
 def _synchronize(device: str) -> None:
     if device == "cuda":
         torch.cuda.synchronize()
@@ -128,10 +142,12 @@ class _Pair:
         context = multiprocessing.get_context("spawn")
         ours, theirs = zip(context.Pipe(), context.Pipe(), strict=True)
         self._sender, self._receiver = ours
-        what = (name, device, link, max_blocks)
+        what = (name, device, max_blocks)
         self._ends = [
-            context.Process(target=_end, args=(what, role, pipe), daemon=True)
-            for role, pipe in zip(("send", "receive"), theirs, strict=True)
+            context.Process(
+                target=_end, args=(what, role, {"UCX_TLS": link, **gpu_of(device, index)}, pipe), daemon=True
+            )
+            for index, (role, pipe) in enumerate(zip(("send", "receive"), theirs, strict=True))
         ]
         for end in self._ends:
             end.start()
@@ -172,10 +188,10 @@ class _Pair:
         return pipe.recv()
 
 
-def _end(what: tuple[str, str, str, int], role: str, pipe: Connection) -> None:
+def _end(what: tuple[str, str, int], role: str, environment: dict[str, str], pipe: Connection) -> None:
     """One of the two processes."""
-    name, device, link, max_blocks = what
-    os.environ["UCX_TLS"] = link
+    name, device, max_blocks = what
+    os.environ.update(environment)
     end = ENDS[name](device, max_blocks)
     pipe.send(end.address())
     end.connect(pipe.recv())
