@@ -43,15 +43,17 @@ class TierEngine:
         address: of LMCache's server.
         api: its HTTP API.
         max_chunks: of one transfer.
+        device: where its cache is, `cpu` or `cuda`.
     """
 
-    def __init__(self, address: str, api: str, max_chunks: int) -> None:
+    def __init__(self, address: str, api: str, max_chunks: int, device: str) -> None:
         self._api = api
+        torch.set_num_threads(1)  # as memcpy beside it
         # Two halves: what is loaded goes elsewhere than what was stored.
         num_blocks = 2 * max_chunks * _BLOCKS_PER_CHUNK + 1
         shape = (num_blocks, NUM_HEADS, BLOCK_SIZE, HEAD_BYTES // 2)
         self._layers = {
-            f"model.layers.{index}.self_attn.attn": torch.randn(shape, dtype=torch.bfloat16)
+            f"model.layers.{index}.self_attn.attn": torch.randn(shape, dtype=torch.bfloat16, device=device)
             for index in range(NUM_LAYERS)
         }
         order = list(range(1, num_blocks))

@@ -21,7 +21,7 @@ from rich.console import Console
 
 from connectors.bench.ports import free_pair
 from connectors.bench.tier_engine import CHUNK_BYTES, TierEngine
-from connectors.bench.transport import memcpy_s
+from connectors.bench.transport import check_device, memcpy_s
 from connectors.errors import BenchFailed
 from connectors.tiers.node import server_command
 from connectors.tiers.s3_location import S3Location
@@ -33,39 +33,44 @@ _PATIENCE_S = 120.0
 _CPU_BYTES = 1 << 30
 
 
-def run(directory: Path | None, bucket: S3Location | None, num_chunks: int, console: Console) -> list[Figure]:
+def run(
+    directory: Path | None, bucket: S3Location | None, num_chunks: int, device: str, console: Console
+) -> list[Figure]:
     """Measure and return the figures.
 
     Args:
         directory: where the disk tier's files go for the time; None: a temporary directory.
         bucket: where S3 is; None: S3 is not measured.
         num_chunks: of one transfer, 8 MiB each.
+        device: where the engine's cache is, `cpu` or `cuda`.
         console: for progress.
 
     Raises:
+        ConfigError: there is no such device.
         BenchFailed: LMCache's server did not come up, or lost what it was given.
     """
+    check_device(device)
     figures: list[Figure] = []
     with tempfile.TemporaryDirectory(dir=directory) as scratch:
         folder = Path(scratch)
         base = Tiers(cpu_bytes=_CPU_BYTES, port=free_pair())
         console.print(f"CPU memory, {num_chunks} chunks")
-        figures += _cpu(base, num_chunks)
+        figures += _cpu(base, num_chunks, device)
         console.print("disk")
-        figures += _disk(replace(base, disk=Disk(folder / "tier", 0)), folder / "plain", num_chunks)
+        figures += _disk(replace(base, disk=Disk(folder / "tier", 0)), folder / "plain", num_chunks, device)
         if bucket is not None:
             console.print(bucket.url)
-            figures += _s3(replace(base, s3=Bucket(bucket, 0)), bucket, num_chunks)
+            figures += _s3(replace(base, s3=Bucket(bucket, 0)), bucket, num_chunks, device)
     return figures
 
 
-def _cpu(tiers: Tiers, num_chunks: int) -> list[Figure]:
-    with _engine(tiers, num_chunks) as engine:
+def _cpu(tiers: Tiers, num_chunks: int, device: str) -> list[Figure]:
+    with _engine(tiers, num_chunks, device) as engine:
         store = _rate(num_chunks, lambda: engine.store(num_chunks))
         load = _rate(num_chunks, lambda: engine.load(num_chunks))
         one_store = _median(lambda: engine.store(1))
         one_load = _median(lambda: engine.load(1))
-    copy = _rate(num_chunks, lambda: memcpy_s("cpu", num_chunks * CHUNK_BYTES))
+    copy = _rate(num_chunks, lambda: memcpy_s(device, num_chunks * CHUNK_BYTES, to_host=True))
     return [
         Figure("tiers.memcpy_gb_s", copy, "GB/s"),
         Figure("tiers.cpu_store_gb_s", store, "GB/s", None, "memcpy", copy),
@@ -76,9 +81,9 @@ def _cpu(tiers: Tiers, num_chunks: int) -> list[Figure]:
     ]
 
 
-def _disk(tiers: Tiers, plain: Path, num_chunks: int) -> list[Figure]:
+def _disk(tiers: Tiers, plain: Path, num_chunks: int, device: str) -> list[Figure]:
     plain.mkdir()
-    with _engine(tiers, num_chunks) as engine:
+    with _engine(tiers, num_chunks, device) as engine:
         write = _rate(num_chunks, lambda: _write_files(plain, num_chunks))
         read = _rate(num_chunks, lambda: _read_files(plain, num_chunks))
         measured = _second_level(engine, num_chunks)
@@ -89,12 +94,12 @@ def _disk(tiers: Tiers, plain: Path, num_chunks: int) -> list[Figure]:
     ]
 
 
-def _s3(tiers: Tiers, bucket: S3Location, num_chunks: int) -> list[Figure]:
+def _s3(tiers: Tiers, bucket: S3Location, num_chunks: int, device: str) -> list[Figure]:
     from connectors.bench.plain_s3 import PlainS3
 
     client = PlainS3(bucket)
     contents = [os.urandom(CHUNK_BYTES) for _ in range(num_chunks)]
-    with _engine(tiers, num_chunks) as engine:
+    with _engine(tiers, num_chunks, device) as engine:
         put = _rate(num_chunks, lambda: client.put(contents))
         get = _rate(num_chunks, lambda: client.get(num_chunks, CHUNK_BYTES))
         measured = _second_level(engine, num_chunks)
@@ -141,7 +146,7 @@ def _second_level(engine: TierEngine, num_chunks: int) -> tuple[float, float, fl
 
 
 @contextmanager
-def _engine(tiers: Tiers, num_chunks: int) -> Iterator[TierEngine]:
+def _engine(tiers: Tiers, num_chunks: int, device: str) -> Iterator[TierEngine]:
     command = server_command(tiers, None, ())
     with ExitStack() as stack:
         log = stack.enter_context(tempfile.NamedTemporaryFile(prefix="kvlane-bench-", suffix=".log"))
@@ -155,7 +160,7 @@ def _engine(tiers: Tiers, num_chunks: int) -> Iterator[TierEngine]:
             if server.poll() is not None or time.monotonic() > deadline_s:
                 raise BenchFailed(f"LMCache's server did not come up: {Path(log.name).read_text()[-500:]}")
             time.sleep(0.2)
-        engine = TierEngine(tiers.address, api, num_chunks)
+        engine = TierEngine(tiers.address, api, num_chunks, device)
         stack.callback(engine.close)
         yield engine
 

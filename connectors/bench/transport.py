@@ -52,8 +52,7 @@ def run(device: str, link: str, max_blocks: int, console: Console) -> list[Figur
     Raises:
         ConfigError: there is no such device.
     """
-    if device == "cuda" and not torch.cuda.is_available():
-        raise ConfigError("torch finds no GPU here: use --device cpu")
+    check_device(device)
     sizes = [size for size in SIZES_BLOCKS if size <= max_blocks]
     rates: dict[str, dict[int, float]] = {MEMCPY: {}, **{name: {} for name in ENDS}}
     with ExitStack() as stack:
@@ -104,11 +103,19 @@ def _figures(sizes: list[int], rates: dict[str, dict[int, float]], target: str) 
     return figures
 
 
-def memcpy_s(device: str, num_bytes: int) -> float:
-    """Return the seconds that one thread needs to copy so many bytes."""
+def check_device(device: str) -> None:
+    """Raise ConfigError where this machine has no such device."""
+    if device == "cuda" and not torch.cuda.is_available():
+        raise ConfigError("torch finds no GPU here: use --device cpu")
+
+
+def memcpy_s(device: str, num_bytes: int, *, to_host: bool = False) -> float:
+    """Return the seconds that one thread needs to copy so many bytes, from a GPU to pinned memory if so."""
     torch.set_num_threads(1)
     source = torch.ones(num_bytes, dtype=torch.uint8, device=device)
     target = torch.zeros_like(source)
+    if to_host and device == "cuda":
+        target = target.cpu().pin_memory()
     _synchronize(device)
     started = time.perf_counter()
     target.copy_(source)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import sys
 from pathlib import Path
 from typing import Annotated
@@ -63,13 +64,14 @@ def tiers(
             help="Also start an engine with this model: times to first token, computed and loaded.",
         ),
     ] = None,
-    device: Annotated[str, typer.Option(help="Where that engine runs: cpu or cuda.")] = "cpu",
+    device: Annotated[str, typer.Option(help="Where the caches are: cpu or cuda.")] = "cpu",
     engine_args: Annotated[str, typer.Option(help="More arguments of `vllm serve` for it.")] = "",
     json_file: Annotated[
         Path | None, typer.Option("--json", metavar="FILE", help="Also write the figures there.")
     ] = None,
 ) -> None:
     """Measure storing KV in the tiers of a node and loading it, beside memcpy, plain files and plain S3."""
+    os.environ.setdefault("LMCACHE_LOG_LEVEL", "WARNING")  # it is read when LMCache is imported
     from connectors.bench import tier_ttft
     from connectors.bench.tiers import run
     from connectors.tiers import checks
@@ -78,7 +80,7 @@ def tiers(
     checks.check_lmcache()
     location = parse_bucket(s3).location if s3 else None
     console = Console(stderr=True)
-    figures = run(directory, location, num_chunks, console)
+    figures = run(directory, location, num_chunks, device, console)
     if model is not None:
         figures += tier_ttft.run(model, device, directory, engine_args, console)
     show(Console(), "Tiers", figures)
