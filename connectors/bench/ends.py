@@ -1,17 +1,20 @@
-"""The two ends of a measured transfer, for each way of moving blocks. Each in a process of its own."""
+"""The two ends of a measured transfer, for each way of moving blocks. Each in a process of its own.
+
+That of vLLM's NixlConnector is in `vllm_plugin/nixl_end.py`.
+"""
 
 from __future__ import annotations
 
 import asyncio
-import os
 import socket
 import threading
 from concurrent.futures import Future
-from typing import Any
+from typing import Any, Protocol
 
 import torch
 
 from connectors.config import TransferConfig
+from connectors.errors import BenchFailed
 from connectors.geometry import Geometry, Layout
 from connectors.kv_cache import KVCache
 from connectors.mover import KVMover
@@ -32,8 +35,35 @@ GEOMETRY = Geometry(
     dtype="bfloat16",
     itemsize=2,
 )
-NIXL_SELF = "NIXL_INIT_AGENT"
-"""How NIXL calls the local side of a prepared list."""
+
+
+class End(Protocol):
+    """One of the two ends: the sender's, or the receiver's."""
+
+    layers: list[torch.Tensor]
+    """Its cache, whose blocks are along the first axis."""
+
+    def address(self) -> Any:  # noqa: ANN401 - each its own
+        """Return what the other end connects with."""
+
+    def connect(self, address: Any) -> None:  # noqa: ANN401 - each its own
+        """Take the other end's address."""
+
+    def begin(self, size: int) -> Any:  # noqa: ANN401 - each its own
+        """Let the other end have so many blocks; return the ticket to fetch them with."""
+
+    def fetch(self, size: int, ticket: Any) -> None:  # noqa: ANN401 - each its own
+        """Have them in this cache when it returns.
+
+        Raises:
+            BenchFailed: some did not arrive.
+        """
+
+    def finish(self) -> None:
+        """Wait until the sender is done with what it began."""
+
+    def blocks(self, size: int) -> list[int]:
+        """Return which blocks a transfer of so many moves."""
 
 
 def _layers(device: str, num_blocks: int) -> list[torch.Tensor]:
@@ -41,7 +71,7 @@ def _layers(device: str, num_blocks: int) -> list[torch.Tensor]:
     return [torch.ones(shape, dtype=torch.bfloat16, device=device) for _ in range(NUM_LAYERS)]
 
 
-def _blocks(size: int, num_blocks: int) -> list[int]:
+def random_blocks(size: int, num_blocks: int) -> list[int]:
     """Return so many blocks in random places, the same ones every time."""
     order = torch.randperm(num_blocks, generator=torch.Generator().manual_seed(size))
     picked: list[int] = order[:size].tolist()
@@ -59,7 +89,8 @@ class StagedEnd:
         config = TransferConfig.model_validate(
             {"transfer_port": self._port, "transport": "ucx", "transfer_host": "127.0.0.1"}
         )
-        self._mover = KVMover("bench", KVCache(_layers(device, num_blocks), GEOMETRY), config)
+        self.layers = _layers(device, num_blocks)
+        self._mover = KVMover("bench", KVCache(self.layers, GEOMETRY), config)
         self._mover.start()
         self._peer = ""
 
@@ -74,21 +105,23 @@ class StagedEnd:
     def begin(self, size: int) -> str:
         """Offer blocks; return the transfer's id."""
         transfer_id = new_transfer_id()
-        blocks = _blocks(size, self._num_blocks)
         self._mover.open_send("bench", transfer_id, size * BLOCK_SIZE)
-        self._mover.computed(transfer_id, blocks, size * BLOCK_SIZE, None)
+        self._mover.computed(transfer_id, self.blocks(size), size * BLOCK_SIZE, None)
         return transfer_id
 
     def fetch(self, size: int, transfer_id: str) -> None:
         """Have them in this cache when it returns."""
         params = TransferParams(transfer_id, "receive", self._peer)
-        blocks = _blocks(size, self._num_blocks)
-        missing = self._mover.fetch(params, blocks, range(size * BLOCK_SIZE)).result().missing
+        missing = self._mover.fetch(params, self.blocks(size), range(size * BLOCK_SIZE)).result().missing
         if missing:
-            raise RuntimeError(f"{len(missing)} blocks did not arrive")
+            raise BenchFailed(f"{len(missing)} blocks did not arrive")
 
     def finish(self) -> None:
         """Do nothing: the transfer ends by itself."""
+
+    def blocks(self, size: int) -> list[int]:
+        """Return them in random places."""
+        return random_blocks(size, self._num_blocks)
 
 
 class RawUcxEnd:
@@ -99,6 +132,7 @@ class RawUcxEnd:
     def __init__(self, device: str, num_blocks: int) -> None:
         tune()
         self._memory = torch.ones(num_blocks * BLOCK_BYTES, dtype=torch.uint8, device=device)
+        self.layers = [self._memory.view(num_blocks, BLOCK_BYTES)]
         self._loop = asyncio.new_event_loop()
         self._endpoint: Any = None
         self._connected = asyncio.Event()
@@ -126,6 +160,10 @@ class RawUcxEnd:
         """Wait until it is sent."""
         if self._sending is not None:
             self._sending.result()
+
+    def blocks(self, size: int) -> list[int]:
+        """Return the first ones."""
+        return list(range(size))
 
     def _do(self, work: Any) -> Any:  # noqa: ANN401
         return asyncio.run_coroutine_threadsafe(work, self._loop).result()
@@ -161,62 +199,3 @@ class RawUcxEnd:
                     for part in parts[first : first + 4]
                 )
             )
-
-
-class NixlEnd:
-    """What vLLM's NixlConnector does: one descriptor per block and layer, prepared once, read by index."""
-
-    def __init__(self, device: str, num_blocks: int) -> None:
-        tune()
-        from nixl._api import nixl_agent, nixl_agent_config
-
-        self._num_blocks = num_blocks
-        self._memory = "VRAM" if device == "cuda" else "DRAM"
-        self._layers = _layers(device, num_blocks)
-        self._agent = nixl_agent(f"bench-{os.getpid()}", nixl_agent_config(backends=["UCX"]))
-        self._agent.register_memory(self._layers)
-        self._ours = self._agent.prep_xfer_dlist(NIXL_SELF, self._regions(self._bases()), self._memory)
-        self._theirs: Any = None
-        self._peer = ""
-
-    def address(self) -> tuple[bytes, list[int]]:
-        """Return the agent's metadata and where the layers are."""
-        return self._agent.get_agent_metadata(), self._bases()
-
-    def connect(self, address: tuple[bytes, list[int]]) -> None:
-        """Prepare the other end's descriptors."""
-        metadata, bases = address
-        peer = self._agent.add_remote_agent(metadata)
-        self._peer = peer.decode() if isinstance(peer, bytes) else peer
-        self._theirs = self._agent.prep_xfer_dlist(self._peer, self._regions(bases), self._memory)
-
-    def begin(self, size: int) -> None:
-        """Do nothing: the reader reads."""
-
-    def fetch(self, size: int, _: None) -> None:
-        """Read blocks from the other cache into this one."""
-        blocks = _blocks(size, self._num_blocks)
-        indices = [layer * self._num_blocks + block for layer in range(NUM_LAYERS) for block in blocks]
-        handle = self._agent.make_prepped_xfer("READ", self._ours, indices, self._theirs, indices, b"done")
-        state = self._agent.transfer(handle)
-        while state == "PROC":
-            state = self._agent.check_xfer_state(handle)
-        self._agent.release_xfer_handle(handle)
-        if state != "DONE":
-            raise RuntimeError(f"NIXL: {state}")
-
-    def finish(self) -> None:
-        """Do nothing."""
-
-    def _bases(self) -> list[int]:
-        return [layer.data_ptr() for layer in self._layers]
-
-    def _regions(self, bases: list[int]) -> Any:  # noqa: ANN401
-        return self._agent.get_xfer_descs(
-            [
-                (base + block * LAYER_BLOCK_BYTES, LAYER_BLOCK_BYTES, 0)
-                for base in bases
-                for block in range(self._num_blocks)
-            ],
-            self._memory,
-        )

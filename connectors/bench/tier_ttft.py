@@ -20,8 +20,8 @@ from pathlib import Path
 import httpx
 from rich.console import Console
 
-from connectors.bench.engines import NAME, ONE_CORE_EACH, serving
 from connectors.bench.ports import free_pair, free_ports
+from connectors.bench.serving import KVLANE, NAME, ONE_CORE_EACH, serving
 from connectors.errors import BenchFailed
 from connectors.tiers.node import NodeFiles
 from connectors.tiers.spec import DEFAULT_CHUNK
@@ -62,7 +62,9 @@ def run(model: Path, device: str, directory: Path | None, engine_args: str, cons
         }
         console.print("starting an engine with tiers")
         stack.callback(_end_keeper, tiers_port)
-        stack.enter_context(serving(model, port, arguments, environment, scratch / "log"))
+        stack.enter_context(
+            serving(KVLANE, model, port, arguments, environment=environment, log=scratch / "log")
+        )
         client = stack.enter_context(httpx.Client(timeout=_PATIENCE_S))
         bench = _Bench(client, f"http://127.0.0.1:{port}", f"http://127.0.0.1:{tiers_port + 1}", disk)
         ttft_ms: dict[int, dict[str, list[float]]] = {}

@@ -1,8 +1,8 @@
 """`kvlane bench transport`: what moving KV costs, from one process's cache into another's.
 
 Measured from end to end (gather, wire, scatter) with the blocks in random places. Beside it, on the same link
-and in the same run: memcpy; the best that UCXX moves of one contiguous buffer; and the same blocks as NIXL
-descriptor lists, which is how vLLM's NixlConnector moves them.
+and in the same run: memcpy; the best that UCXX moves of one contiguous buffer; and the same blocks moved by
+vLLM's own NixlConnector. Each shows first that what it moves arrives.
 """
 
 from __future__ import annotations
@@ -12,17 +12,19 @@ import os
 import signal
 import statistics
 import time
-from collections.abc import Callable
+from collections.abc import Mapping
 from contextlib import ExitStack, closing
+from importlib.util import find_spec
 from multiprocessing.connection import Connection
-from typing import Any
+from pkgutil import resolve_name
+from typing import Any, NoReturn
 
 import torch
 from rich.console import Console
 
-from connectors.bench.ends import BLOCK_BYTES, NixlEnd, RawUcxEnd, StagedEnd
+from connectors.bench.ends import BLOCK_BYTES, End
 from connectors.errors import BenchFailed
-from kvindex.errors import ConfigError
+from kvindex.errors import ConfigError, KvlaneError
 from kvindex.figures import Figure
 
 SIZES_BLOCKS = (4, 16, 64, 256, 1024, 4096)
@@ -31,13 +33,14 @@ LARGE_BYTES = 64 << 20
 ROUNDS = 7
 MEMCPY = "memcpy"
 STAGED_OVER_RAW = {"cpu": ">= 0.6", "cuda": ">= 0.8"}
-PATIENCE_S = 120.0
+PATIENCE_S = 300.0
 
-ENDS: dict[str, Callable[[str, int], Any]] = {
-    "staged": StagedEnd,
-    "raw_ucxx": RawUcxEnd,
-    "nixl_lists": NixlEnd,
+ENDS = {
+    "staged": "connectors.bench.ends:StagedEnd",
+    "raw_ucxx": "connectors.bench.ends:RawUcxEnd",
+    "nixl_connector": "vllm_plugin.nixl_end:NixlConnectorEnd",
 }
+"""What each process makes of a device and a number of blocks, an `End`. By name: vLLM is vllm_plugin's."""
 
 
 def run(device: str, link: str, max_blocks: int, console: Console) -> list[Figure]:
@@ -50,13 +53,21 @@ def run(device: str, link: str, max_blocks: int, console: Console) -> list[Figur
         console: for progress.
 
     Raises:
-        ConfigError: there is no such device.
+        ConfigError: there is no such device, or no vLLM.
+        BenchFailed: an end fails, or moves something else.
     """
     check_device(device)
+    if find_spec("vllm") is None:
+        raise ConfigError(
+            "vLLM, whose NixlConnector is measured too, is not installed here: pip install vllm"
+        )
     sizes = [size for size in SIZES_BLOCKS if size <= max_blocks]
     rates: dict[str, dict[int, float]] = {MEMCPY: {}, **{name: {} for name in ENDS}}
     with ExitStack() as stack:
-        pairs = {name: stack.enter_context(closing(_Pair(name, device, link, sizes[-1]))) for name in ENDS}
+        pairs = {
+            name: stack.enter_context(closing(Pair(end, device, link, sizes[-1])))
+            for name, end in ENDS.items()
+        }
         for size in sizes:
             console.print(f"{size} blocks over {link}")
             times: dict[str, list[float]] = {name: [] for name in rates}
@@ -66,41 +77,55 @@ def run(device: str, link: str, max_blocks: int, console: Console) -> list[Figur
                     times[name].append(pair.move_s(size))
             for name, measured in times.items():
                 rates[name][size] = size * BLOCK_BYTES / statistics.median(measured[1:]) / 1e9
-    return _figures(sizes, rates, STAGED_OVER_RAW[device])
+    return figures(rates, STAGED_OVER_RAW[device])
 
 
-def _figures(sizes: list[int], rates: dict[str, dict[int, float]], target: str) -> list[Figure]:
-    memcpy, staged, raw, lists = (rates[name] for name in (MEMCPY, "staged", "raw_ucxx", "nixl_lists"))
-    figures = []
+def figures(rates: Mapping[str, Mapping[int, float]], target: str) -> list[Figure]:
+    """Return what was found.
+
+    Args:
+        rates: in GB/s, by what moved so many blocks, and by their number.
+        target: for what of raw UCXX's best is left.
+    """
+    memcpy, staged, raw, connector = (rates[name] for name in (MEMCPY, *ENDS))
+    sizes = list(staged)
+    found = []
     for size in sizes:
         label = f"{size}_blocks"
-        figures += [
+        found += [
             Figure(f"transport.memcpy_gb_s_{label}", memcpy[size], "GB/s"),
             Figure(f"transport.raw_ucxx_gb_s_{label}", raw[size], "GB/s", None, "memcpy", memcpy[size]),
             Figure(f"transport.staged_gb_s_{label}", staged[size], "GB/s", None, "raw UCXX", raw[size]),
-            Figure(f"transport.nixl_lists_gb_s_{label}", lists[size], "GB/s", None, "staged", staged[size]),
+            Figure(
+                f"transport.nixl_connector_gb_s_{label}",
+                connector[size],
+                "GB/s",
+                None,
+                "staged",
+                staged[size],
+            ),
         ]
     large = [size for size in sizes if size * BLOCK_BYTES >= LARGE_BYTES]
     if large:
         worst = min(staged[size] for size in large)
         best = max(raw.values())
-        figures.append(
+        found.append(
             Figure("transport.staged_over_raw_ucx", worst / best, "", target, "best raw UCXX, GB/s", best)
         )
     compared = [size for size in sizes if size >= 64]
     if compared:
-        size = min(compared, key=lambda size: staged[size] / lists[size])
-        figures.append(
+        size = min(compared, key=lambda size: staged[size] / connector[size])
+        found.append(
             Figure(
                 "transport.min_over_nixl_connector",
-                staged[size] / lists[size],
+                staged[size] / connector[size],
                 "",
                 ">= 1.0",
-                f"NIXL lists of {size} blocks, GB/s",
-                lists[size],
+                f"NixlConnector with {size} blocks, GB/s",
+                connector[size],
             )
         )
-    return figures
+    return found
 
 
 def check_device(device: str) -> None:
@@ -142,22 +167,33 @@ def _synchronize(device: str) -> None:
         torch.cuda.synchronize()
 
 
-class _Pair:
-    """Two processes, one sends to the other. Between transfers both are stopped: NIXL's would spin."""
+class Pair:
+    """Two processes, one sends to the other. Between transfers both are stopped: NIXL's would spin.
 
-    def __init__(self, name: str, device: str, link: str, max_blocks: int) -> None:
+    Args:
+        end: `module:class` of an `End`.
+        device: `cpu` or `cuda`.
+        link: UCX_TLS.
+        max_blocks: the largest transfer.
+
+    Raises:
+        BenchFailed: an end does not start.
+    """
+
+    def __init__(self, end: str, device: str, link: str, max_blocks: int) -> None:
         context = multiprocessing.get_context("spawn")
         ours, theirs = zip(context.Pipe(), context.Pipe(), strict=True)
         self._sender, self._receiver = ours
-        what = (name, device, max_blocks)
-        self._ends = [
+        what = (end, device, max_blocks)
+        self._processes = [
             context.Process(
                 target=_end, args=(what, role, {"UCX_TLS": link, **gpu_of(device, index)}, pipe), daemon=True
             )
             for index, (role, pipe) in enumerate(zip(("send", "receive"), theirs, strict=True))
         ]
-        for end in self._ends:
-            end.start()
+        for process, pipe in zip(self._processes, theirs, strict=True):
+            process.start()
+            pipe.close()  # so that the end of a process is the pipe's
         addresses = self._hear(self._sender), self._hear(self._receiver)
         self._sender.send(addresses[1])
         self._receiver.send(addresses[0])
@@ -166,7 +202,11 @@ class _Pair:
         self._signal(signal.SIGSTOP)
 
     def move_s(self, size: int) -> float:
-        """Move so many blocks once; return the seconds that it took the receiver."""
+        """Move so many blocks once; return the seconds that it took the receiver.
+
+        Raises:
+            BenchFailed: an end fails, or moves something else.
+        """
         self._signal(signal.SIGCONT)
         self._sender.send(size)
         self._receiver.send((size, self._hear(self._sender)))
@@ -178,40 +218,84 @@ class _Pair:
 
     def close(self) -> None:
         """End both."""
-        for end in self._ends:
-            end.kill()
-            end.join()
+        for process in self._processes:
+            process.kill()
+            process.join()
 
     def _signal(self, what: signal.Signals) -> None:
-        for end in self._ends:
-            if end.pid is not None:
-                os.kill(end.pid, what)
+        for process in self._processes:
+            if process.pid is not None:
+                os.kill(process.pid, what)
 
     def _hear(self, pipe: Connection) -> Any:  # noqa: ANN401 - what the ends say differs
         deadline = time.monotonic() + PATIENCE_S
-        while not pipe.poll(0.5):
-            if not all(end.is_alive() for end in self._ends) or time.monotonic() > deadline:
-                raise BenchFailed("a measuring process ended or hangs; its output says why")
-        return pipe.recv()
+        try:
+            while not pipe.poll(0.5):
+                are_alive = all(process.is_alive() for process in self._processes)
+                if not are_alive or time.monotonic() > deadline:
+                    raise BenchFailed("a measuring process ended or hangs; its output says why")
+            told = pipe.recv()
+        except EOFError as error:
+            raise BenchFailed("a measuring process ended; its output says why") from error
+        if isinstance(told, KvlaneError):
+            raise told
+        return told
 
 
 def _end(what: tuple[str, str, int], role: str, environment: dict[str, str], pipe: Connection) -> None:
     """One of the two processes."""
     name, device, max_blocks = what
     os.environ.update(environment)
-    end = ENDS[name](device, max_blocks)
-    pipe.send(end.address())
-    end.connect(pipe.recv())
-    pipe.send(None)
-    while True:
+    os.environ.setdefault("VLLM_LOGGING_LEVEL", "ERROR")
+    try:
+        end: End = resolve_name(name)(device, max_blocks)
+        pipe.send(end.address())
+        end.connect(pipe.recv())
+        pipe.send(None)
         if role == "send":
-            size = pipe.recv()
-            pipe.send(end.begin(size))
-            pipe.recv()
-            end.finish()
-            pipe.send(None)
+            _send(end, pipe)
         else:
-            size, ticket = pipe.recv()
-            started = time.perf_counter()
-            end.fetch(size, ticket)
-            pipe.send(time.perf_counter() - started)
+            _receive(end, pipe)
+    except KvlaneError as error:
+        pipe.send(error)
+
+
+def _send(end: End, pipe: Connection) -> NoReturn:
+    while True:
+        size = pipe.recv()
+        pipe.send(end.begin(size))
+        pipe.recv()
+        end.finish()
+        pipe.send(None)
+
+
+def _receive(end: End, pipe: Connection) -> NoReturn:
+    shown: set[int] = set()
+    while True:
+        size, ticket = pipe.recv()
+        if is_new := size not in shown:
+            shown.add(size)
+            _clear(end)
+        started = time.perf_counter()
+        end.fetch(size, ticket)
+        taken = time.perf_counter() - started
+        if is_new:
+            _check(end, size)
+        pipe.send(taken)
+
+
+def _clear(end: End) -> None:
+    for layer in end.layers:
+        layer.zero_()
+        _synchronize(layer.device.type)
+
+
+def _check(end: End, size: int) -> None:
+    """Raise unless those blocks, and no others, are the sender's, which are full of ones."""
+    blocks = end.blocks(size)
+    for layer in end.layers:
+        expected = torch.zeros(len(layer), dtype=torch.bool, device=layer.device)
+        expected[blocks] = True
+        flat = layer.flatten(1)
+        if not (torch.equal(flat.amin(1) == 1, expected) and torch.equal(flat.amax(1) == 1, expected)):
+            raise BenchFailed(f"of {size} blocks others were moved than those asked for")

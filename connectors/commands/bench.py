@@ -25,7 +25,8 @@ def transport(
         Path | None,
         typer.Option(
             metavar="DIRECTORY",
-            help="Also start two engines with this model: times to first token, and between.",
+            help="Also start engines with this model, two of ours and two with NixlConnector: times to first "
+            "token, and between.",
         ),
     ] = None,
     engine_args: Annotated[str, typer.Option(help="More arguments of `vllm serve` for these.")] = "",
@@ -33,7 +34,7 @@ def transport(
         Path | None, typer.Option("--json", metavar="FILE", help="Also write the figures there.")
     ] = None,
 ) -> None:
-    """Measure moving KV between two processes, beside memcpy, raw UCXX and NIXL's descriptor lists."""
+    """Measure moving KV between two processes, beside memcpy, raw UCXX and vLLM's NixlConnector."""
     from connectors.bench import engines
     from connectors.bench.transport import run
 
