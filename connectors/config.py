@@ -80,3 +80,4 @@ class TierConfig(BaseSettings):
     tier_stores: tuple[str, ...] = Field(
         (), description="Names in the index of what that server holds, one per tier."
     )
+    tier_server: str = Field("", description="Name in the index of that server.")

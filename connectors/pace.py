@@ -1,16 +1,30 @@
-"""How long transfers take, learned from those that were made. Pure."""
+"""How long it takes to move KV, learned from what was moved. Pure."""
 
 from __future__ import annotations
 
+import time
+from collections import deque
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
-MEMORY = 0.98
-"""Weight of an observation beside the one after it: the last 50 count."""
+import numpy as np
+
+from connectors.fit import explain
+
+KEPT = 50
+"""Latest observations that count."""
+
+HALF_LIFE_S = 60.0
+"""An observation counts half as much as one that is so much younger: what has been slow for a few minutes is
+slow, whatever was before. An age without observations changes nothing."""
+
+_LEAST_SHARE = 1e-3
+"""Where bytes explain less of the time, they explain nothing."""
 
 
 @dataclass(frozen=True, slots=True)
 class Moved:
-    """One transfer that is over."""
+    """One transfer or load that is over."""
 
     num_bytes: int
     seconds: float
@@ -18,35 +32,53 @@ class Moved:
     were still being computed is not in it."""
 
 
-class Pace:
-    """Latency and bandwidth that explain what was observed best: a straight line through time over bytes.
+@dataclass(frozen=True, slots=True)
+class Line:
+    """Latency and bandwidth that explain what was observed best."""
 
-    Of one thread; `gb_per_s` and `latency_ms` may be read by others.
+    gb_per_s: float = 0.0
+    """0 until something was observed."""
+    latency_ms: float = 0.0
+    """What moving takes beside that, whatever the size."""
+
+
+class Pace:
+    """A straight line through time over bytes; a few observations far from all others do not move it.
+
+    Observations come from one thread, `line` is called on one, which may be another.
+
+    Args:
+        clock: seconds.
     """
 
-    def __init__(self) -> None:
-        self._weight = self._bytes = self._seconds = self._squares = self._products = 0.0
-        self.gb_per_s = 0.0
-        """0 until something was observed."""
-        self.latency_ms = 0.0
-        """What a transfer takes beside that, whatever its size."""
+    def __init__(self, clock: Callable[[], float] = time.monotonic) -> None:
+        self._clock = clock
+        self._observed: deque[tuple[float, Moved]] = deque(maxlen=KEPT)
+        self.num_observed = 0
+        self._line = Line()
+        self._line_of = 0
 
     def observe(self, moved: Moved) -> None:
-        """Take a transfer into account."""
-        size, seconds = float(moved.num_bytes), moved.seconds
-        if size <= 0 or seconds <= 0:
-            return
-        self._weight = MEMORY * self._weight + 1
-        self._bytes = MEMORY * self._bytes + size
-        self._seconds = MEMORY * self._seconds + seconds
-        self._squares = MEMORY * self._squares + size * size
-        self._products = MEMORY * self._products + size * seconds
-        # Without sizes that differ, or where the larger ones were faster, all of the time is the bytes'.
-        s_per_byte, latency_s = self._seconds / self._bytes, 0.0
-        variance = self._weight * self._squares - self._bytes**2
-        if variance > 1e-6 * self._bytes**2:
-            slope = (self._weight * self._products - self._bytes * self._seconds) / variance
-            if 0 < slope < s_per_byte:
-                s_per_byte = slope
-                latency_s = (self._seconds - slope * self._bytes) / self._weight
-        self.gb_per_s, self.latency_ms = 1e-9 / s_per_byte, latency_s * 1e3
+        """Take something that was moved into account."""
+        if moved.num_bytes > 0 and moved.seconds > 0:
+            self._observed.append((self._clock(), moved))
+            self.num_observed += 1
+
+    def line(self) -> Line:
+        """Return what is known by now."""
+        if (num_observed := self.num_observed) != self._line_of:
+            self._line_of = num_observed
+            self._line = _fit(list(self._observed.copy()))
+        return self._line
+
+
+def _fit(observed: Sequence[tuple[float, Moved]]) -> Line:
+    at_s = np.array([at_s for at_s, _ in observed])
+    work = np.array([(1.0, moved.num_bytes) for _, moved in observed])
+    seconds = np.array([moved.seconds for _, moved in observed])
+    weights = 0.5 ** ((at_s.max() - at_s) / HALF_LIFE_S)
+    latency_s, s_per_byte = explain(work, seconds, needed=(1,), weights=weights)
+    # Without sizes that differ, or where the larger ones were not slower, all of the time is the bytes'.
+    if s_per_byte * work[:, 1].mean() < _LEAST_SHARE * seconds.mean():
+        latency_s, (s_per_byte,) = 0.0, explain(work[:, 1:], seconds, weights=weights)
+    return Line(1e-9 / s_per_byte, latency_s * 1e3)

@@ -106,6 +106,11 @@ class KvRouter:
         """Requests sent by this gateway and not finished, by worker id."""
         return self._requests
 
+    @property
+    def tier_speeds(self) -> TierSpeeds:
+        """How fast stores are taken to be."""
+        return self._tier_speeds
+
     def silent_workers(self) -> Collection[str]:
         """Return the ids of workers that have requests, and have ended none for long."""
         long_ago = time.monotonic() - self._config.silent_after_s

@@ -22,11 +22,12 @@ from gateway.config import GatewayConfig
 from gateway.parity import Parity, State, pool_state
 from gateway.probe import ModelCard, Unreachable, served_models
 from gateway.rates import SETTINGS, Basis, Source, basis_of, typical_costs
+from gateway.tiers import Speeds
 from gateway.tokens.models import Models, ServedModel
 from kvindex.blocks import Pool
 from kvindex.errors import IndexUnavailable
 from kvindex.index import IndexReader
-from kvindex.stores import Store
+from kvindex.stores import Store, StoreSpeed
 from kvindex.worker import RegisteredWorker, StepCosts, Tier, Worker
 
 log = structlog.get_logger(__name__)
@@ -71,6 +72,8 @@ class FleetSnapshot:
     """What requests may ask for."""
     stores: Mapping[Pool, Mapping[int, Store]] = field(default_factory=dict)
     """The live stores of each pool of chunks, by slot."""
+    store_speeds: Speeds = field(default_factory=dict)
+    """What LMCache servers have measured of their stores."""
     parity: Mapping[str, Parity] = field(default_factory=dict)
     """Incarnation to the verdict on it; see `parity_of`."""
 
@@ -307,7 +310,8 @@ class Fleet:
     async def _poll(self) -> None:
         try:
             views = await asyncio.gather(*map(self._view, await self._index.pools()))
-            stores = dict(await asyncio.gather(*map(self._stores, await self._index.chunk_pools())))
+            chunk_pools = await self._index.chunk_pools()
+            told = await asyncio.gather(*map(self._index.stores, chunk_pools))
         except IndexUnavailable as error:
             self._note(str(error))
             raise
@@ -320,7 +324,15 @@ class Fleet:
             pools = _with_missing(pools, self._snapshot.pools)
         live = {each.worker.incarnation for view in pools.values() for each in view.workers.values()}
         parity = {name: parity for name, parity in self._snapshot.parity.items() if name in live}
-        self._replace(pools=pools, stores=stores, parity=parity)
+        stores = {
+            pool: {each.slot: each.store for each in found}
+            for pool, (_, found) in zip(chunk_pools, told, strict=True)
+        }
+        speeds: dict[str, dict[str, StoreSpeed]] = {}
+        for each in (each for _, found in told for each in found):
+            if each.speed is not None:
+                speeds.setdefault(each.store.name, {})[each.store.teller] = each.speed
+        self._replace(pools=pools, stores=stores, store_speeds=speeds, parity=parity)
         self._count_workers()
         if not set(self.addresses) <= self._snapshot.cards.keys():
             self._probe_now.set()
@@ -332,10 +344,6 @@ class Fleet:
         registry_version, workers = await self._index.workers(pool)
         by_slot = {registered.slot: registered for registered in workers}
         return PoolView(pool, registry_version, by_slot, typical_costs(workers))
-
-    async def _stores(self, pool: Pool) -> tuple[Pool, dict[int, Store]]:
-        _, stores = await self._index.stores(pool)
-        return pool, {registered.slot: registered.store for registered in stores}
 
     async def _ask(self, endpoint: str) -> tuple[ModelCard, ...] | None:
         try:

@@ -13,7 +13,7 @@ from gateway.fleet import Fleet, PoolView
 from gateway.plan import Candidate, Demand, obstacle
 from gateway.profile import Profile
 from gateway.rates import SETTINGS, Rates
-from gateway.tier_lookup import Parts, TierLookup
+from gateway.tier_lookup import Runs, TierLookup
 from gateway.tiers import TierSpeeds
 from gateway.tokens.models import ServedModel
 from gateway.tokens.request import Prompt, ReadRequest
@@ -88,7 +88,8 @@ class Lookup:
         self._index = index
         self._fleet = fleet
         self._rates = rates
-        self._tiers = TierLookup(index, fleet, speeds)
+        self._speeds = speeds
+        self._tiers = TierLookup(index, fleet)
         self._max_hashes = max_hashes
 
     async def find(self, demand: Demand, served: ServedModel, read: ReadRequest | None) -> Found:
@@ -105,10 +106,10 @@ class Lookup:
         reaching = asyncio.gather(
             *(self._find_in(view.pool, demand, served.lora_name, read) for view in views)
         )
-        found, parts = await asyncio.gather(reaching, self._find_in_tiers(views, served.lora_name, read))
+        found, runs = await asyncio.gather(reaching, self._find_in_tiers(views, served.lora_name, read))
         return Found(
             candidates=tuple(
-                _with_tiers(candidate, parts) for each in found for candidate in each.candidates
+                self._with_tiers(candidate, runs) for each in found for candidate in each.candidates
             ),
             excluded={name: reason for each in found for name, reason in each.excluded.items()},
             chains=tuple(chain for each in found for chain in each.chains),
@@ -117,7 +118,7 @@ class Lookup:
 
     async def _find_in_tiers(
         self, views: Iterable[PoolView], lora_name: str | None, read: ReadRequest | None
-    ) -> Parts:
+    ) -> Runs:
         workers = (each.worker for view in views for each in view.workers.values())
         accesses = {worker.tiers for worker in workers if worker.tiers is not None}
         if read is None or not accesses:
@@ -186,8 +187,11 @@ class Lookup:
             cache_fill=registered.num_indexed_blocks / worker.num_blocks if worker.num_blocks else 0.0,
         )
 
-
-def _with_tiers(candidate: Candidate, parts: Parts) -> Candidate:
-    access = candidate.worker.tiers
-    found = parts.get(access, ()) if access else ()
-    return msgspec.structs.replace(candidate, tiers=found) if found else candidate
+    def _with_tiers(self, candidate: Candidate, runs: Runs) -> Candidate:
+        access = candidate.worker.tiers
+        found = runs.get(access, ()) if access else ()
+        if access is None or not found:
+            return candidate
+        measured = self._fleet.snapshot.store_speeds
+        parts = self._speeds.parts(found, access.server, measured, candidate.state.load)
+        return msgspec.structs.replace(candidate, tiers=parts)

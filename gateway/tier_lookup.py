@@ -9,7 +9,7 @@ import structlog
 
 from gateway import metrics
 from gateway.fleet import Fleet
-from gateway.tiers import TierPart, TierSpeeds
+from gateway.tiers import TierRun, tier_runs
 from gateway.tokens.request import Prompt
 from kvindex.blocks import BlockHash, Pool
 from kvindex.chunks import chunk_blocks, chunk_pool, chunk_salt, hash_chunks
@@ -17,7 +17,7 @@ from kvindex.errors import IndexUnavailable
 from kvindex.index import IndexReader
 from kvindex.worker import TierAccess
 
-Parts = Mapping[TierAccess, tuple[TierPart, ...]]
+Runs = Mapping[TierAccess, tuple[TierRun, ...]]
 
 _log = structlog.get_logger(__name__)
 
@@ -25,14 +25,13 @@ _log = structlog.get_logger(__name__)
 class TierLookup:
     """Finds what workers would load. Holds no state of its own."""
 
-    def __init__(self, index: IndexReader, fleet: Fleet, speeds: TierSpeeds) -> None:
+    def __init__(self, index: IndexReader, fleet: Fleet) -> None:
         self._index = index
         self._fleet = fleet
-        self._speeds = speeds
 
     async def find(
         self, accesses: Iterable[TierAccess], prompt: Prompt, lora_name: str | None, cache_salt: str | None
-    ) -> Parts:
+    ) -> Runs:
         """Return, for each way to reach stores, the leading tokens of the prompt that it would load.
 
         An index that does not answer costs the tiers, and nothing else.
@@ -51,9 +50,9 @@ class TierLookup:
                 for (pool, world_size), group in groups.items()
             )
         )
-        return {access: parts for each in found for access, parts in each.items()}
+        return {access: runs for each in found for access, runs in each.items()}
 
-    async def _find_in(self, pool: Pool, chunks: list[BlockHash], accesses: Iterable[TierAccess]) -> Parts:
+    async def _find_in(self, pool: Pool, chunks: list[BlockHash], accesses: Iterable[TierAccess]) -> Runs:
         try:
             slots = await self._index.holders_of(pool, chunks)
         except IndexUnavailable as error:
@@ -62,4 +61,7 @@ class TierLookup:
             return {}
         stores = self._fleet.snapshot.stores.get(pool, {})
         holders = [[stores[slot] for slot in slots[chunk] if slot in stores] for chunk in chunks]
-        return {access: self._speeds.parts(access, holders) for access in accesses}
+        return {
+            access: tuple(tier_runs(holders, frozenset(access.stores), access.chunk_size))
+            for access in accesses
+        }

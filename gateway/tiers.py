@@ -2,18 +2,20 @@
 
 from __future__ import annotations
 
+import enum
+import functools
 import math
 import time
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import replace
-from typing import Annotated, Self
+from typing import Annotated, NamedTuple, Self
 
 import msgspec
 from pydantic import ConfigDict, Field
 from pydantic.dataclasses import dataclass
 
-from kvindex.stores import Store
-from kvindex.worker import Tier, TierAccess
+from kvindex.stores import Store, StoreSpeed
+from kvindex.worker import Load, Tier
 
 TELLING_SHARE = 0.2
 """Where loading is a smaller part of what was predicted and measured, a first token tells nothing of it."""
@@ -43,6 +45,15 @@ class TierSpeed:
         """Return the speed at which a load takes `factor` of the time."""
         return replace(self, gb_per_s=self.gb_per_s / factor, latency_ms=self.latency_ms * factor)
 
+    def then(self, other: Self) -> Self:
+        """Return the speed at which KV comes through this and then through `other`."""
+        gb_per_s = 1 / (1 / self.gb_per_s + 1 / other.gb_per_s)
+        return replace(self, gb_per_s=gb_per_s, latency_ms=self.latency_ms + other.latency_ms)
+
+    def ms(self, num_bytes: float) -> float:
+        """Return how long a load takes."""
+        return self.latency_ms + num_bytes / (self.gb_per_s * 1e6)
+
 
 SPEEDS = {
     Tier.CPU: TierSpeed(gb_per_s=10.0, latency_ms=5.0),
@@ -50,6 +61,25 @@ SPEEDS = {
     Tier.OBJECT: TierSpeed(gb_per_s=0.5, latency_ms=100.0),
 }
 """Before any was measured: memory over PCIe 4, one NVMe drive, an object store in the same region."""
+
+Speeds = Mapping[str, Mapping[str, StoreSpeed]]
+"""What was measured: by name of the store and the LMCache server that did; empty for whoever lists it."""
+
+
+class TierRun(NamedTuple):
+    """Tokens of a prompt, one behind the other, that a worker would load from one store."""
+
+    store: Store
+    first_token: int
+    end_token: int
+
+
+class Source(enum.StrEnum):
+    """Whence a speed is, before it is corrected."""
+
+    MEASURED = "measured"
+    """By the LMCache server that reads the store, and by the worker that reads its memory."""
+    SETTINGS = "settings"
 
 
 class TierPart(msgspec.Struct, frozen=True, kw_only=True):
@@ -60,6 +90,9 @@ class TierPart(msgspec.Struct, frozen=True, kw_only=True):
     first_token: int
     end_token: int
     speed: TierSpeed
+    known: TierSpeed
+    """The same before it is corrected by first tokens."""
+    source: Source = Source.SETTINGS
 
 
 class TierLoad(msgspec.Struct, frozen=True, kw_only=True):
@@ -68,12 +101,17 @@ class TierLoad(msgspec.Struct, frozen=True, kw_only=True):
     store: str
     tier: Tier
     num_tokens: int
+    num_bytes: int
     ms: float
+    known: TierSpeed
+    """Of the store, before it is corrected by first tokens."""
+    source: Source = Source.SETTINGS
+    """Whence that is."""
 
 
 def tier_runs(
     chunks: Iterable[Iterable[Store]], reached: frozenset[str], chunk_size: int
-) -> Iterator[tuple[Store, int, int]]:
+) -> Iterator[TierRun]:
     """Yield the stores that a worker would load from, each with the tokens that it would give.
 
     LMCache loads the leading chunks that any tier has, each from the fastest; the first that is nowhere ends
@@ -93,12 +131,12 @@ def tier_runs(
             break
         store = min(within, key=lambda each: (order.index(each.tier), each.name))
         if current is not None and store.name != current.name:
-            yield current, first_token, end_token
+            yield TierRun(current, first_token, end_token)
             first_token = end_token
         current = store
         end_token += chunk_size
     if current is not None:
-        yield current, first_token, end_token
+        yield TierRun(current, first_token, end_token)
 
 
 def tier_cuts(
@@ -113,8 +151,8 @@ def tier_cuts(
     for part in parts:
         first, end = max(part.first_token, first_token), min(part.end_token, end_token)
         if first < end:
-            load_ms += (end - first) * bytes_per_token / (part.speed.gb_per_s * 1e6)
-            load_ms += 0.0 if part.store in known else part.speed.latency_ms
+            load_ms += part.speed.ms((end - first) * bytes_per_token)
+            load_ms -= part.speed.latency_ms if part.store in known else 0.0
             known.add(part.store)
             yield end, load_ms
 
@@ -134,20 +172,51 @@ def tier_loads(
             store=part.store,
             tier=part.tier,
             num_tokens=num_tokens,
-            ms=part.speed.latency_ms + num_tokens * bytes_per_token / (part.speed.gb_per_s * 1e6),
+            num_bytes=num_tokens * bytes_per_token,
+            ms=part.speed.ms(num_tokens * bytes_per_token),
+            known=part.known,
+            source=part.source,
         )
         for part, num_tokens in tokens.items()
     )
 
 
-class TierSpeeds:
-    """How fast each store is: starts from its tier's settings and follows what is measured.
+def store_speed(measured: Speeds, store: str, server: str) -> StoreSpeed | None:
+    """Return how fast a server reads a store; where it has not measured that, how fast another does."""
+    by_server = measured.get(store, {})
+    return by_server.get(server) or by_server.get("") or next(iter(by_server.values()), None)
 
-    A store that is much slower than expected is soon not worth its load, and nothing is loaded from it; then
-    nothing is measured either, and it slowly comes back.
+
+# Every plan asks for the same ones, and a speed is checked when it is made.
+@functools.lru_cache(maxsize=1024)
+def _speed(gb_per_s: float, latency_ms: float) -> TierSpeed:
+    return TierSpeed(gb_per_s=gb_per_s, latency_ms=latency_ms)
+
+
+@functools.lru_cache(maxsize=1024)
+def _through(measured: StoreSpeed, memory: TierSpeed) -> TierSpeed:
+    return _speed(measured.gb_per_s, measured.latency_ms).then(memory)
+
+
+class _Correction(NamedTuple):
+    """By how much longer loads from a store took than its known speed says."""
+
+    log_factor: float
+    at_s: float
+    known: TierSpeed
+    """What was known then."""
+    num_bytes: int
+    """Of the load that told."""
+
+
+class TierSpeeds:
+    """How fast each store is: what was measured of it, or its tier's settings, corrected by first tokens.
+
+    LMCache servers measure how KV comes into their memory, workers how it comes from there. What the access
+    log tells beside that corrects it, and stands in for it where nobody measures.
 
     Args:
-        given: by tier; `SPEEDS` for those that are not in it.
+        given: by tier, from a store into an engine; `SPEEDS` for those that are not in it.
         clock: seconds.
     """
 
@@ -156,32 +225,67 @@ class TierSpeeds:
     ) -> None:
         self._given = SPEEDS | dict(given or {})
         self._clock = clock
-        self._factors: dict[str, tuple[float, float]] = {}
+        self._corrections: dict[tuple[str, Source], _Correction] = {}
 
-    def speed(self, store: str, tier: Tier) -> TierSpeed:
-        """Return a store's speed, as corrected by now."""
-        log_factor = self._log_factor(store)
-        return self._given[tier].slower(math.exp(log_factor)) if log_factor else self._given[tier]
+    def known(self, tier: Tier, measured: StoreSpeed | None, load: Load | None) -> tuple[TierSpeed, Source]:
+        """Return the speed from a store into an engine, uncorrected, and whence that is known.
 
-    def parts(self, access: TierAccess, holders: Iterable[Iterable[Store]]) -> tuple[TierPart, ...]:
+        Args:
+            measured: how KV comes from the store into a server's memory; of no use for memory itself.
+            load: what the worker says of itself, how KV comes from there as well.
+        """
+        memory = None
+        if load is not None and load.tier_gb_per_s > 0:
+            memory = _speed(load.tier_gb_per_s, load.tier_latency_ms)
+        if tier is Tier.CPU:
+            return (memory, Source.MEASURED) if memory else (self._given[tier], Source.SETTINGS)
+        if measured is None:
+            return self._given[tier], Source.SETTINGS
+        return _through(measured, memory or self._given[Tier.CPU]), Source.MEASURED
+
+    def factor(self, store: str, known: TierSpeed, source: Source) -> float:
+        """Return how many times as long as what is known says a load from a store is expected to take."""
+        found = self._corrections.get((store, source))
+        if found is None:
+            return 1.0
+        log_factor = found.log_factor * math.pow(0.5, (self._clock() - found.at_s) / HALF_LIFE_S)
+        # What was found out by measuring since is not to be corrected as well.
+        learned = math.log(known.ms(found.num_bytes) / found.known.ms(found.num_bytes))
+        low, high = sorted((0.0, log_factor))
+        return math.exp(log_factor - max(low, min(learned, high)))
+
+    def parts(
+        self,
+        runs: Iterable[TierRun],
+        server: str = "",
+        measured: Speeds | None = None,
+        load: Load | None = None,
+    ) -> tuple[TierPart, ...]:
         """Return what a worker would load of a prompt, at the speeds of now.
 
         Args:
-            access: which stores the worker reaches.
-            holders: who holds each chunk of the prompt, in order.
+            runs: of `tier_runs`, for the worker.
+            server: the LMCache server that it loads through.
+            measured: by all servers.
+            load: what the worker says of itself.
         """
-        return tuple(
-            TierPart(
-                store=store.name,
-                tier=store.tier,
-                first_token=first_token,
-                end_token=end_token,
-                speed=self.speed(store.name, store.tier),
+        parts = []
+        for store, first_token, end_token in runs:
+            found = store_speed(measured or {}, store.name, server)
+            known, source = self.known(store.tier, found, load)
+            factor = self.factor(store.name, known, source)
+            parts.append(
+                TierPart(
+                    store=store.name,
+                    tier=store.tier,
+                    first_token=first_token,
+                    end_token=end_token,
+                    speed=known.slower(factor) if factor != 1 else known,
+                    known=known,
+                    source=source,
+                )
             )
-            for store, first_token, end_token in tier_runs(
-                holders, frozenset(access.stores), access.chunk_size
-            )
-        )
+        return tuple(parts)
 
     def observe(
         self, loads: Sequence[TierLoad], *, predicted_ms: float, queue_ms: float, ttft_ms: float
@@ -203,11 +307,9 @@ class TierSpeeds:
         weight = share * (1 - queue_ms / predicted_ms)
         surprise = min(math.log(took_ms / load_ms), MOST_SURPRISE)
         for load in loads:
-            log_factor = self._log_factor(load.store)
+            now = (load.store, load.source)
             # The prediction had the correction of then, which is that of now but for a few requests.
-            moved = log_factor + STEP * weight * surprise * load.ms / load_ms
-            self._factors[load.store] = (max(-BOUND, min(moved, BOUND)), self._clock())
-
-    def _log_factor(self, store: str) -> float:
-        log_factor, at_s = self._factors.get(store, (0.0, 0.0))
-        return log_factor * math.pow(0.5, (self._clock() - at_s) / HALF_LIFE_S) if log_factor else 0.0
+            factor = self.factor(load.store, load.known, load.source)
+            moved = math.log(factor) + STEP * weight * surprise * load.ms / load_ms
+            log_factor = max(-BOUND, min(moved, BOUND))
+            self._corrections[now] = _Correction(log_factor, self._clock(), load.known, load.num_bytes)

@@ -12,7 +12,7 @@ from typing import Protocol
 from kvindex.blocks import BlockHash, Pool
 from kvindex.history import Opening, PoolEvent, Removal
 from kvindex.pending import Sample
-from kvindex.stores import RegisteredStore, Store
+from kvindex.stores import RegisteredStore, Store, StoreSpeed
 from kvindex.worker import (
     Batch,
     Entries,
@@ -36,6 +36,9 @@ MAX_BATCH = 128
 
 Holder = Worker | Store
 """What may have a slot. A pool has workers, or stores (`chunks.CHUNK_SCHEME`)."""
+
+Costs = StepCosts | StoreSpeed
+"""What a worker, or who tells of a store, has measured."""
 
 FIRST_OPENING = Opening()
 
@@ -116,10 +119,10 @@ class IndexWriter(Protocol):
             SlotLost: the slot is unknown or fenced.
         """
 
-    def report_costs(self, pool: Pool, slot: int, incarnation: str, costs: StepCosts) -> None:
-        """Replace what the worker says of its steps.
+    def report_costs(self, pool: Pool, slot: int, incarnation: str, costs: Costs) -> None:
+        """Replace what the worker says of its steps, or who tells of a store of its speed.
 
-        It is kept beside the worker and not with its load, which every `match` reads.
+        It is kept beside the holder and not with its load, which every `match` reads.
 
         Raises:
             SlotLost: the slot is unknown or fenced.

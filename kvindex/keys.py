@@ -11,7 +11,7 @@ the directory as KEYS[1] and append the suffixes below, which `lua_names` hands 
 | kvlane:{pool}:b:<bucket> | hash | 8-byte block hash -> set of slots               | emptied           |
 | kvlane:{pool}:live       | str  | a `LIVE_ROW` a slot: lease, charge, load        | last slot fenced  |
 | kvlane:{pool}:s:<slot>   | hash | worker, incarnation, sequence, count, digest,   | slot fenced       |
-|                          |      | costs of its steps as JSON                      |                   |
+|                          |      | costs of its steps, or its speed, as JSON       |                   |
 | kvlane:{pool}:ids        | hash | worker id -> its slot                           | slot fenced       |
 | kvlane:{pool}:roles      | hash | worker id -> role that an operator gave it      | taken back        |
 | kvlane:{pool}:drain      | hash | worker ids that are sent no more requests       | taken back        |
@@ -68,9 +68,9 @@ _SUFFIXES = {
     "REMOVALS": ":gone",
 }
 
-LOAD = struct.Struct("<IIIIddff")
+LOAD = struct.Struct("<IIIIddffff")
 """waiting requests, running requests, waiting prefill tokens, running tokens, KV usage, waiting pairs; GB/s
-and ms of transfers."""
+and ms of transfers, and of loads from tiers."""
 
 LIVE_ROW = struct.Struct("<dIIII" + LOAD.format.removeprefix("<"))
 """lease expiry (ms), lease (ms), epoch, charged tokens, charged requests, load; zeros if fenced.

@@ -18,10 +18,10 @@ from kvindex.blocks import BlockHash, Pool
 from kvindex.chunks import CHUNK_SCHEME
 from kvindex.errors import SlotLost, WorkerConflict
 from kvindex.history import EventKind, Opening, PoolEvent, Removal
-from kvindex.index import FIRST_OPENING, NOTHING_NEW, Holder, nothing
+from kvindex.index import FIRST_OPENING, NOTHING_NEW, Costs, Holder, nothing
 from kvindex.keys import ABANDONED_AFTER_LEASES, LOG_EVENTS, LOG_REMOVALS
 from kvindex.pending import MOST_PENDING, Pending, Sample
-from kvindex.stores import RegisteredStore, Store
+from kvindex.stores import RegisteredStore, Store, StoreSpeed
 from kvindex.worker import (
     Batch,
     Entries,
@@ -50,7 +50,7 @@ class _Slot:
     blocks: set[int] = field(default_factory=set)
     digest: int = 0
     load: Load = field(default_factory=Load)
-    step_costs: StepCosts | None = None
+    costs: Costs | None = None
 
     @property
     def state(self) -> SlotState:
@@ -285,9 +285,9 @@ class MemoryIndexWriter:
         self._index.pool(pool).purge(now_ms)
         return target.state
 
-    def report_costs(self, pool: Pool, slot: int, incarnation: str, costs: StepCosts) -> None:
+    def report_costs(self, pool: Pool, slot: int, incarnation: str, costs: Costs) -> None:
         """See `IndexWriter`."""
-        self._slot(pool, slot, incarnation).step_costs = costs
+        self._slot(pool, slot, incarnation).costs = costs
 
     def blocks_of(self, pool: Pool, slot: int, incarnation: str, *, turn: int) -> SlotPart:
         """See `IndexWriter`. There is one part."""
@@ -335,7 +335,7 @@ class MemoryIndexReader:
                 load=state.load,
                 charged_tokens=state.charged_tokens,
                 charged_requests=state.charged_requests,
-                step_costs=slot.step_costs,
+                step_costs=slot.costs if isinstance(slot.costs, StepCosts) else None,
             )
             for slot, state in pairs
             if isinstance(slot.holder, Worker)
@@ -353,6 +353,7 @@ class MemoryIndexReader:
                 lease_left_ms=int(slot.expires_ms - now_ms),
                 num_indexed_blocks=slot.state.num_blocks,
                 digest=f"{slot.state.digest:016x}",
+                speed=slot.costs if isinstance(slot.costs, StoreSpeed) else None,
             )
             for slot in self._index.live(pool)
             if isinstance(slot.holder, Store)

@@ -56,6 +56,12 @@ STORE_LISTING_SECONDS = Histogram(
 STORE_LISTING_FAILURES = Counter(
     "kvlane_store_listing_failures", "Listings of a store that failed.", ["store"]
 )
+STORE_LOAD_COST = Gauge(
+    "kvlane_store_load_cost_seconds",
+    "What KV takes from a store into the memory of its LMCache server, as measured, by part: load (whatever "
+    "its size), byte.",
+    ["store", "part"],
+)
 STEP_COST = Gauge(
     "kvlane_publisher_step_cost_seconds",
     "What an engine's steps cost, as measured, by part: step (whatever is in it), prompt_token, prompt_pair "

@@ -19,7 +19,7 @@ from kvindex.config import LeaseConfig
 from kvindex.contents import Change, Contents
 from kvindex.errors import EventsLost, IndexUnavailable, SlotLost, WorkerConflict
 from kvindex.history import EventKind, Opening
-from kvindex.index import FIRST_OPENING, MAX_BATCH, Holder, IndexWriter
+from kvindex.index import FIRST_OPENING, MAX_BATCH, Costs, Holder, IndexWriter
 from kvindex.outbox import Outbox
 from kvindex.worker import Batch, Load, SlotPart, SlotState, StepCosts
 
@@ -70,7 +70,8 @@ class Publisher:
         writer: owned from now on; closed by `stop`.
         contents: what it has; owned from now on, used by the thread alone.
         load: called by the thread, every 100 ms and after each write; must not block.
-        costs: what the engine's steps cost, None while that is not known; called by the thread, every 5 s.
+        costs: what the engine's steps cost, or how fast the store is, None while that is not known; called by
+            the thread, every 5 s.
         settle_older_than_ms: for a `load` that cannot name decisions, see `IndexWriter.heartbeat`.
         stands_by: others may publish under the same id, and take turns.
     """
@@ -83,7 +84,7 @@ class Publisher:
         contents: Contents,
         load: Callable[[], LoadReport],
         *,
-        costs: Callable[[], StepCosts | None] = lambda: None,
+        costs: Callable[[], Costs | None] = lambda: None,
         settle_older_than_ms: int | None = None,
         stands_by: bool = False,
     ) -> None:
@@ -102,7 +103,7 @@ class Publisher:
         self._opening = FIRST_OPENING
         self._accepted: deque[str] = deque(maxlen=_MOST_ACCEPTED)
         self._reported: Load | None = None
-        self._reported_costs: StepCosts | None = None
+        self._reported_costs: Costs | None = None
         self._unwritten_since_s: float | None = None
         self._wrote_at_s = self._looked_at_s = self._beat_at_s = self._audit_at_s = self._retry_at_s = (
             _NEVER_S
@@ -355,7 +356,7 @@ class Publisher:
             )
 
     def _report_costs(self) -> None:
-        """Every few seconds, say what the engine's steps cost, if there is something new to say."""
+        """Every few seconds, say what was measured, if there is something new to say."""
         now_s = time.monotonic()
         if now_s < self._costs_at_s:
             return
@@ -364,8 +365,9 @@ class Publisher:
         if costs is not None and costs != self._reported_costs:
             self._writer.report_costs(*self._place, costs)
             self._reported_costs = costs
-            for part, cost_s in costs.parts_s().items():
-                metrics.STEP_COST.labels(self._holder.holder_id, part).set(cost_s)
+            if isinstance(costs, StepCosts):
+                for part, cost_s in costs.parts_s().items():
+                    metrics.STEP_COST.labels(self._holder.holder_id, part).set(cost_s)
 
     def _audit(self) -> None:
         """Once a heartbeat, check one part of the slot's entries, which count and digest say nothing about.

@@ -22,7 +22,7 @@ from kvindex.chunks import CHUNK_SCHEME
 from kvindex.config import IndexConfig
 from kvindex.errors import SlotLost, WorkerConflict
 from kvindex.history import EventKind, Opening, PoolEvent, Removal
-from kvindex.index import FIRST_OPENING, MAX_PROBES, NOTHING_NEW, Holder, nothing
+from kvindex.index import FIRST_OPENING, MAX_PROBES, NOTHING_NEW, Costs, Holder, nothing
 from kvindex.keys import (
     LOAD,
     POOLS,
@@ -46,7 +46,7 @@ from kvindex.redis_answers import (
 )
 from kvindex.redis_connection import AsyncConnection, Connection, Reply, Script, ScriptCall
 from kvindex.redis_memory import PoolMemory, measure
-from kvindex.stores import RegisteredStore, Store
+from kvindex.stores import RegisteredStore, Store, StoreSpeed
 from kvindex.worker import (
     Batch,
     Entries,
@@ -169,7 +169,7 @@ class RedisIndexWriter:
         self._keep_announced(pool, lease_ms)
         return [self._state_at_home(pool, slot, reply) for reply in replies][-1]
 
-    def report_costs(self, pool: Pool, slot: int, incarnation: str, costs: StepCosts) -> None:
+    def report_costs(self, pool: Pool, slot: int, incarnation: str, costs: Costs) -> None:
         """See `IndexWriter`."""
         if not self._run("report_costs", pool, slot, incarnation, msgspec.json.encode(costs)):
             raise SlotLost(f"slot {slot} is fenced or unknown")
@@ -269,8 +269,9 @@ class RedisIndexReader:
                 lease_left_ms=int(row.expires_ms - fleet.now_ms),
                 num_indexed_blocks=num_blocks,
                 digest=f"{read_digest(digest):016x}",
+                speed=msgspec.json.decode(costs, type=StoreSpeed) if costs else None,
             )
-            for slot, packed, num_blocks, digest, *_ in described
+            for slot, packed, num_blocks, digest, _, costs, *_ in described
             if (row := fleet.rows.get(slot)) is not None
         ]
         return fleet.version, stores

@@ -42,6 +42,20 @@ class Store(msgspec.Struct, frozen=True, kw_only=True):
         return chunk_pool(self.model, self.chunk_size)
 
 
+class StoreSpeed(msgspec.Struct, frozen=True, kw_only=True):
+    """How fast KV comes from a store into the memory of an LMCache server, as that has measured it."""
+
+    num_loads: int
+    """Measured since the server's start, probes included."""
+    gb_per_s: float
+    latency_ms: float
+    """Of a load, whatever its size."""
+
+    def parts_s(self) -> dict[str, float]:
+        """Return what a load and each of its bytes take, in seconds."""
+        return {"load": self.latency_ms / 1e3, "byte": 1e-9 / self.gb_per_s}
+
+
 class RegisteredStore(msgspec.Struct, frozen=True, kw_only=True):
     """A store with its place in the index."""
 
@@ -52,6 +66,8 @@ class RegisteredStore(msgspec.Struct, frozen=True, kw_only=True):
     num_indexed_blocks: int
     digest: str
     """Order-independent digest of the indexed chunks, 16 hex digits."""
+    speed: StoreSpeed | None = None
+    """As its teller measured it; None where it has not, or not yet."""
 
     @property
     def holder(self) -> Store:

@@ -42,6 +42,8 @@ class TierAccess(msgspec.Struct, frozen=True, kw_only=True):
     """Ranks that each have an object of their own for a chunk (`chunks.ChunkKey`)."""
     stores: tuple[str, ...]
     """Names of the stores (`stores.Store.name`)."""
+    server: str = ""
+    """The LMCache server through which they are reached (`stores.Store.teller`)."""
 
 
 class Worker(msgspec.Struct, frozen=True, kw_only=True):
@@ -119,6 +121,10 @@ class Load(msgspec.Struct, frozen=True, kw_only=True, gc=False):
     """How fast KV came from other engines lately; 0 where none did."""
     transfer_latency_ms: float = 0.0
     """What a transfer took beside that, whatever its size."""
+    tier_gb_per_s: float = 0.0
+    """How fast KV came from the memory of its LMCache server lately; 0 where none did."""
+    tier_latency_ms: float = 0.0
+    """What such a load took beside that, whatever its size."""
 
 
 class StepCosts(msgspec.Struct, frozen=True, kw_only=True, gc=False):

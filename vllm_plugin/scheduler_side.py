@@ -19,6 +19,7 @@ from vllm_plugin import compat
 from vllm_plugin.config import worker_config
 from vllm_plugin.holds import Frees
 from vllm_plugin.load import LoadTracker
+from vllm_plugin.load_times import LoadTimes
 from vllm_plugin.metadata import KvlaneMetadata, WorkerReport
 from vllm_plugin.step_times import StepTimes
 from vllm_plugin.transfer_scheduler import TransferScheduler
@@ -81,6 +82,7 @@ class SchedulerSide:
         self._load: LoadTracker | None = None
         self._times = StepTimes()
         self._pace = Pace()
+        self._loads = LoadTimes(self.worker.bytes_per_token)
         self._publisher: Publisher | None = None
 
     def _tiers(self, vllm_config: VllmConfig, kv_cache_config: KVCacheConfig) -> TierScheduler | None:
@@ -125,13 +127,19 @@ class SchedulerSide:
         if self.tiers is not None:
             self.tiers.update(replace(output, kv_connector_worker_meta=report.tiers))
             sent, loaded = set(output.finished_sending or ()), set(output.finished_recving or ())
+            if output.invalid_block_ids:
+                self._loads.give_up(*loaded)  # which of them failed, and when, is not said
+            self._loads.end(loaded)
             output.finished_sending = self._frees.release(sent, loaded)
 
     def _with_pace(self, report: LoadReport) -> LoadReport:
+        transfers, loads = self._pace.line(), self._loads.line()
         load = msgspec.structs.replace(
             report.load,
-            transfer_gb_per_s=round(self._pace.gb_per_s, 3),
-            transfer_latency_ms=round(self._pace.latency_ms, 3),
+            transfer_gb_per_s=round(transfers.gb_per_s, 3),
+            transfer_latency_ms=round(transfers.latency_ms, 3),
+            tier_gb_per_s=round(loads.gb_per_s, 3),
+            tier_latency_ms=round(loads.latency_ms, 3),
         )
         return msgspec.structs.replace(report, load=load)
 
@@ -176,6 +184,7 @@ class SchedulerSide:
             self.tiers.on_alloc(request, blocks, num_external_tokens)
             if num_external_tokens and not self.tiers.is_passed_over(request.request_id):
                 self._frees.load(request.request_id)
+                self._loads.begin(request.request_id, num_external_tokens)
         if self.transfer is not None:
             self.transfer.on_alloc(request, blocks.get_block_ids()[0], num_external_tokens)
 
@@ -203,6 +212,7 @@ class SchedulerSide:
         """
         if self._load is not None:
             self._load.remove(request.request_id)
+        self._loads.give_up(request.request_id)
         is_sent = self.transfer is not None and self.transfer.request_finished(request)
         is_stored, params = (
             self.tiers.request_finished(request, block_ids) if self.tiers is not None else (False, None)

@@ -161,7 +161,9 @@ def _prepare(tiers: Tiers | JoinedTiers, spec: str, arguments: Sequence[str]) ->
         checks.check_tiers(tiers, has_gpu=node.has_gpu())
         node.join_or_start(tiers, spec, arguments)
     if tiers.api:
-        os.environ.setdefault("KVLANE_TIER_STORES", json.dumps(node.store_names(tiers.api)))
+        server = node.describe_api(tiers.api)
+        os.environ.setdefault("KVLANE_TIER_SERVER", server.instance_id)
+        os.environ.setdefault("KVLANE_TIER_STORES", json.dumps(server.store_names))
 
 
 def _value(arguments: Sequence[str], flag: str) -> str | None:

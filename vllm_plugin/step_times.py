@@ -2,15 +2,14 @@
 
 from __future__ import annotations
 
-import itertools
 import time
 from collections import deque
 from collections.abc import Callable, Iterable
 from typing import NamedTuple
 
 import numpy as np
-import numpy.typing as npt
 
+from connectors.fit import explain
 from kvindex.worker import StepCosts
 
 MIN_STEPS = 16
@@ -20,14 +19,8 @@ KEPT_STEPS = 512
 """Latest steps of each of the two kinds that count. To one step with a prompt there are hundreds that only
 decode: they would push it out."""
 
-_SIMPLER_BY = 1.02
-"""A cost counts only where it explains this much: what no step tells apart is told apart by no figure."""
-
-_ROUNDS = 4
-_OUTLIER_AT = 2.5
-_NEGLIGIBLE = 1e-12
-
-Matrix = npt.NDArray[np.float64]
+_PREFILL_TOKENS = 1
+"""Which column of a step's work that is."""
 
 
 class StepWork(NamedTuple):
@@ -90,10 +83,8 @@ class StepTimes:
 def fit(steps: Iterable[tuple[StepWork, float]], *, num_steps: int) -> StepCosts | None:
     """Return the costs that explain the steps' durations (ms) best; None if there are too few steps.
 
-    Least squares of the relative error, with no cost below 0, in which steps far from all others (the engine
-    was paused, or compiled something) count for little. Of several explanations that are about as good the
-    simplest is taken: prompts of one length do not tell tokens from pairs, nor one running request a step
-    from a request.
+    Prompts of one length do not tell tokens from pairs, nor one running request a step from a request
+    (`connectors.fit`).
 
     Args:
         num_steps: how many were measured in all, for the record.
@@ -107,8 +98,10 @@ def fit(steps: Iterable[tuple[StepWork, float]], *, num_steps: int) -> StepCosts
     if not is_prefill_known and not is_decode_known:
         return None
     work = np.array([(1.0, *work) for work, _ in measured])
-    step_ms, token_ms, pair_ms, request_ms, context_ms = _solve(
-        work, np.array([duration_ms for _, duration_ms in measured]), needs_prefill=is_prefill_known
+    step_ms, token_ms, pair_ms, request_ms, context_ms = explain(
+        work,
+        np.array([duration_ms for _, duration_ms in measured]),
+        needed=(_PREFILL_TOKENS,) if is_prefill_known else (),
     )
     return StepCosts(
         num_steps=num_steps,
@@ -118,47 +111,3 @@ def fit(steps: Iterable[tuple[StepWork, float]], *, num_steps: int) -> StepCosts
         decode_us_per_request=request_ms * 1e3,
         decode_ns_per_token=context_ms * 1e6,
     )
-
-
-def _solve(work: Matrix, durations_ms: Matrix, *, needs_prefill: bool) -> tuple[float, ...]:
-    """Return a cost in ms for each column of `work`."""
-    # The scale of a column is that of its unit; without this a matrix of such columns is singular.
-    scale = np.abs(work).max(axis=0)
-    scale[scale == 0] = 1.0
-    scaled = work / scale
-    expected_ms, trust = durations_ms, np.ones_like(durations_ms)
-    costs = np.zeros(work.shape[1])
-    for _ in range(_ROUNDS):
-        costs = _simplest(scaled, durations_ms, trust / expected_ms**2, needs_prefill=needs_prefill)
-        expected_ms = np.maximum(scaled @ costs, _NEGLIGIBLE)
-        error = np.abs(durations_ms / expected_ms - 1)
-        usual = max(float(np.median(error)), 1e-3)
-        trust = np.minimum(1.0, _OUTLIER_AT * usual / np.maximum(error, _NEGLIGIBLE))
-        trust *= trust
-    return tuple(float(each) for each in costs / scale)
-
-
-def _simplest(work: Matrix, durations_ms: Matrix, weights: Matrix, *, needs_prefill: bool) -> Matrix:
-    """Return the least squares solution of the fewest columns that is about as good as any, none below 0.
-
-    With five columns all 31 choices are tried: the best among those without a cost below 0 is the exact
-    non-negative solution.
-    """
-    weighted = work * weights[:, None]
-    squares, products = weighted.T @ work, weighted.T @ durations_ms
-    total = float(weights @ durations_ms**2)
-    num_columns = work.shape[1]
-    found: list[tuple[float, Matrix]] = []
-    for size in range(1, num_columns + 1):
-        for columns in map(list, itertools.combinations(range(num_columns), size)):
-            if needs_prefill and 1 not in columns:
-                continue
-            block = squares[np.ix_(columns, columns)]
-            solution = np.linalg.lstsq(block, products[columns], rcond=_NEGLIGIBLE)[0]
-            if np.all(solution >= 0):
-                costs = np.zeros(num_columns)
-                costs[columns] = solution
-                left = total - 2 * float(products @ costs) + float(costs @ squares @ costs)
-                found.append((max(left, total * _NEGLIGIBLE), costs))
-    best = min((left for left, _ in found), default=0.0)
-    return next((costs for left, costs in found if left <= best * _SIMPLER_BY), np.zeros(num_columns))

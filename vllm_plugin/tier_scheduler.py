@@ -50,6 +50,7 @@ class TierScheduler:
             chunk_size=adapter.lmcache_tokens_per_chunk,
             world_size=adapter.world_size,
             stores=tuple(config.tier_stores),
+            server=config.tier_server,
         )
         self._passed_over: set[str] = set()
         """Requests that the child counts as having nothing in the tiers."""

@@ -11,7 +11,9 @@ from __future__ import annotations
 
 import asyncio
 import ctypes
+import random
 import threading
+import time
 from concurrent.futures import ThreadPoolExecutor
 from typing import Any
 
@@ -27,6 +29,7 @@ from lmcache.v1.distributed.l2_adapters.s3_l2_adapter import (
 )
 
 from connectors.tiers import metrics
+from connectors.tiers.meter import PROBE_INTERVAL_S, LoadMeter, Scratch
 from connectors.tiers.s3_location import S3Location
 from connectors.tiers.seal import SEAL_BYTES, is_sealed, seal
 from connectors.tiers.switch import Switch
@@ -50,12 +53,14 @@ class BucketTierConfig(S3L2AdapterConfig):
     max_bytes: int = 0
     deadline_s: float = 20.0
     pause_s: float = 10.0
+    probe_interval_s: float = PROBE_INTERVAL_S
 
     @classmethod
     def from_dict(cls, given: dict[str, Any]) -> BucketTierConfig:
         """Read `location` (of `S3Location`) and the rest, which may be left out.
 
-        `max_bytes` (0: no limit), `num_threads`, `deadline_s` of one request, `pause_s` after a failure.
+        `max_bytes` (0: no limit), `num_threads`, `deadline_s` of one request, `pause_s` after a failure,
+        `probe_interval_s`.
         """
         location = S3Location(**given["location"])
         config = cls(
@@ -66,7 +71,7 @@ class BucketTierConfig(S3L2AdapterConfig):
             disable_tls=not location.is_tls,
         )
         config.location, config.url = location, location.url
-        for name in ("max_bytes", "deadline_s", "pause_s"):
+        for name in ("max_bytes", "deadline_s", "pause_s", "probe_interval_s"):
             setattr(config, name, given.get(name, getattr(cls, name)))
         return config
 
@@ -79,6 +84,7 @@ class BucketTier(S3L2Adapter):
         self._location = config.location
         self._deadline_s = config.deadline_s
         self._pool = ThreadPoolExecutor(2, thread_name_prefix="bucket-tier")
+        self._meter = LoadMeter("s3", self._probe, config.probe_interval_s)
         self._is_counted = False
         super().__init__(config)
         self._endpoint = config.location.host
@@ -99,6 +105,10 @@ class BucketTier(S3L2Adapter):
         else:
             self._switch.failed(error_msg)
 
+    def report_status(self) -> dict[str, Any]:
+        """Return what the server's `/status` shows of it."""
+        return {**super().report_status(), "load": self._meter.status()}
+
     def register_listener(self, listener: Any) -> None:  # noqa: ANN401 - LMCache's
         """Tell the listener, which evicts, of the objects that are there already."""
         super().register_listener(listener)
@@ -108,6 +118,7 @@ class BucketTier(S3L2Adapter):
 
     def close(self) -> None:
         """Let what is under way end."""
+        self._meter.stop()
         super().close()
         self._pool.shutdown()
 
@@ -124,6 +135,7 @@ class BucketTier(S3L2Adapter):
                     self._notify_keys_stored([key for key, _ in found], [size for _, size in found])
         except (BotoCoreError, ClientError) as error:
             _log.warning("tier_not_counted", tier=self._location.url, reason=str(error))
+        self._meter.start()
 
     def _entries(self, page: dict[str, Any]) -> list[tuple[Any, int]]:
         """Return keys and sizes of a listing's chunks; other objects are none of ours."""
@@ -174,28 +186,48 @@ class BucketTier(S3L2Adapter):
         self._store_efd.notify()
 
     async def _execute_load(self, keys: list[Any], objects: list[Any], task_id: int) -> None:
+        loaded = Bitmap(len(keys))
+        for index, is_loaded in enumerate(await self._load(keys, objects)):
+            if is_loaded:
+                loaded.set(index)
+        with self._lock:
+            self._completed_load_tasks[task_id] = loaded
+        self._load_efd.notify()
+
+    async def _load(self, keys: list[Any], objects: list[Any]) -> list[bool]:
+        """Load objects; return which of them are loaded."""
+        began_at_s = time.perf_counter()
         outcomes = await asyncio.gather(
             *(self._get(key, each) for key, each in zip(keys, objects, strict=True)), return_exceptions=True
         )
-        loaded = Bitmap(len(keys))
         lost = []
         errors = []
-        for index, (key, outcome) in enumerate(zip(keys, outcomes, strict=True)):
+        num_bytes = 0
+        for key, each, outcome in zip(keys, objects, outcomes, strict=True):
             if outcome is True:
-                loaded.set(index)
+                num_bytes += len(each.byte_array)
             elif outcome is False or _status(outcome) == 404:
                 lost.append(key)
             else:
                 errors.append(outcome)
         if errors:
             self._record_connection_outcome(_reason(errors[0]))
-        elif any(outcome is True for outcome in outcomes):
+        elif num_bytes:
             self._record_connection_outcome(None)
+        self._meter.observe(num_bytes, time.perf_counter() - began_at_s)
         if lost:
             self._forget(lost)
+        return [outcome is True for outcome in outcomes]
+
+    def _probe(self, num_objects: int) -> None:
+        if self._switch.is_off:
+            return
         with self._lock:
-            self._completed_load_tasks[task_id] = loaded
-        self._load_efd.notify()
+            found = list(self._key_sizes.items())
+        chosen = random.sample(found, min(num_objects, len(found)))
+        scratch = [Scratch(max(0, size - SEAL_BYTES)) for _, size in chosen]
+        loading = self._load([key for key, _ in chosen], scratch)
+        asyncio.run_coroutine_threadsafe(loading, self._loop).result()
 
     def _forget(self, keys: list[Any]) -> None:
         with self._lock:

@@ -9,10 +9,13 @@ from __future__ import annotations
 
 import asyncio
 import os
+import random
 import threading
+import time
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import suppress
+from itertools import islice
 from typing import Any
 
 import structlog
@@ -25,6 +28,7 @@ from lmcache.v1.distributed.l2_adapters.fs_l2_adapter import (
 )
 
 from connectors.tiers import metrics
+from connectors.tiers.meter import PROBE_INTERVAL_S, LoadMeter, Scratch
 from connectors.tiers.seal import SEAL_BYTES, is_sealed, seal
 from connectors.tiers.switch import Switch
 
@@ -34,6 +38,9 @@ _log = structlog.get_logger(__name__)
 TYPE = "kvlane_disk"
 """What LMCache calls it, in settings and events."""
 
+_PROBED_AMONG = 1000
+"""Files that a probe looks at to choose from: a directory may have millions."""
+
 
 class DiskTierConfig(FSL2AdapterConfig):
     """Its `--l2-adapter`."""
@@ -41,12 +48,13 @@ class DiskTierConfig(FSL2AdapterConfig):
     max_bytes: int = 0
     num_threads: int = 4
     pause_s: float = 10.0
+    probe_interval_s: float = PROBE_INTERVAL_S
 
     @classmethod
     def from_dict(cls, given: dict[str, Any]) -> DiskTierConfig:
-        """Read `base_path`, `max_bytes` (0: no limit), `num_threads` and `pause_s`."""
+        """Read `base_path`, `max_bytes` (0: no limit), `num_threads`, `pause_s` and `probe_interval_s`."""
         config = cls(given["base_path"])
-        for name in ("max_bytes", "num_threads", "pause_s"):
+        for name in ("max_bytes", "num_threads", "pause_s", "probe_interval_s"):
             setattr(config, name, given.get(name, getattr(cls, name)))
         return config
 
@@ -59,7 +67,12 @@ class DiskTier(FSL2Adapter):
         self._max_capacity_bytes = config.max_bytes
         self._switch = Switch("disk", str(config.base_path), config.pause_s)
         self._pool = ThreadPoolExecutor(config.num_threads, thread_name_prefix="disk-tier")
+        self._meter = LoadMeter("disk", self._probe, config.probe_interval_s)
         self._is_counted = False
+
+    def report_status(self) -> dict[str, Any]:
+        """Return what the server's `/status` shows of it."""
+        return {**super().report_status(), "load": self._meter.status()}
 
     def register_listener(self, listener: Any) -> None:  # noqa: ANN401 - LMCache's
         """Tell the listener, which evicts, of the files that are there already."""
@@ -67,9 +80,11 @@ class DiskTier(FSL2Adapter):
         if not self._is_counted:
             self._is_counted = True
             threading.Thread(target=self._count_files, name="disk-tier-count", daemon=True).start()
+            self._meter.start()
 
     def close(self) -> None:
         """Let what is under way end."""
+        self._meter.stop()
         super().close()
         self._pool.shutdown()
 
@@ -97,23 +112,45 @@ class DiskTier(FSL2Adapter):
         self._store_efd.notify()
 
     async def _execute_load(self, keys: list[Any], objects: list[Any], task_id: int) -> None:
-        run = asyncio.get_running_loop().run_in_executor
-        outcomes = await asyncio.gather(
-            *(run(self._pool, self._read, key, each) for key, each in zip(keys, objects, strict=True))
-        )
+        outcomes = await self._load(keys, objects)
         loaded = Bitmap(len(keys))
-        for index, (is_loaded, _) in enumerate(outcomes):
+        for index, is_loaded in enumerate(outcomes):
             if is_loaded:
                 loaded.set(index)
-        accessed = [key for key, (is_loaded, _) in zip(keys, outcomes, strict=True) if is_loaded]
+        accessed = [key for key, is_loaded in zip(keys, outcomes, strict=True) if is_loaded]
         if accessed:
             self._notify_keys_accessed(accessed)
-        dropped = [(key, size) for key, (_, size) in zip(keys, outcomes, strict=True) if size is not None]
-        if dropped:
-            self._notify_keys_deleted([key for key, _ in dropped], [size for _, size in dropped])
         with self._lock:
             self._completed_load_tasks[task_id] = loaded
         self._load_efd.notify()
+
+    async def _load(self, keys: list[Any], objects: list[Any]) -> list[bool]:
+        """Load objects; return which of them are loaded."""
+        run = asyncio.get_running_loop().run_in_executor
+        began_at_s = time.perf_counter()
+        outcomes = await asyncio.gather(
+            *(run(self._pool, self._read, key, each) for key, each in zip(keys, objects, strict=True))
+        )
+        num_bytes = sum(
+            len(each.byte_array) for each, (is_loaded, _) in zip(objects, outcomes, strict=True) if is_loaded
+        )
+        self._meter.observe(num_bytes, time.perf_counter() - began_at_s)
+        dropped = [(key, size) for key, (_, size) in zip(keys, outcomes, strict=True) if size is not None]
+        if dropped:
+            self._notify_keys_deleted([key for key, _ in dropped], [size for _, size in dropped])
+        return [is_loaded for is_loaded, _ in outcomes]
+
+    def _probe(self, num_objects: int) -> None:
+        with os.scandir(self._base_path) as entries:
+            found = [
+                (key, entry.stat().st_size)
+                for entry in islice(entries, _PROBED_AMONG)
+                if (key := _filename_to_object_key(entry.name)) is not None
+            ]
+        chosen = random.sample(found, min(num_objects, len(found)))
+        scratch = [Scratch(max(0, size - SEAL_BYTES)) for _, size in chosen]
+        loading = self._load([key for key, _ in chosen], scratch)
+        asyncio.run_coroutine_threadsafe(loading, self._loop).result()
 
     def _write(self, key: Any, memory: Any) -> int | None:  # noqa: ANN401 - LMCache's
         """Store one object; return the bytes written, 0 if it is there already, None if it is not."""

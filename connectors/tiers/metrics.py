@@ -10,4 +10,17 @@ DAMAGED = Counter(
     ["tier"],
 )
 FAILURES = Counter("kvlane_store_failures", "Reads and writes at which a tier as a whole failed.", ["tier"])
+LOADED_BYTES = Counter(
+    "kvlane_store_loaded_bytes",
+    "Bytes that came from a tier into the server's memory, probes included.",
+    ["tier"],
+)
+LOAD_SECONDS = Counter(
+    "kvlane_store_load_seconds", "Time of these loads, from the first request to the last answer.", ["tier"]
+)
+PROBES = Counter(
+    "kvlane_store_probes",
+    "Reads of a tier from which nobody has loaded for a while, to know its speed.",
+    ["tier"],
+)
 OFF = Gauge("kvlane_store_off", "1 while a tier is left alone because it failed.", ["tier"])

@@ -34,7 +34,7 @@ import structlog
 from connectors.errors import TiersUnavailable
 from connectors.tiers.spec import Bucket, Disk, Tiers
 from kvindex.errors import ConfigError, StoreUnavailable
-from kvindex.tiers.server import describe_server
+from kvindex.tiers.server import ServerDescription, describe_server
 
 _ANSWER_S = 10.0
 _CHECK_S = 0.5
@@ -308,8 +308,8 @@ def _last_line(log: Path) -> str:
     )
 
 
-def store_names(api: str) -> tuple[str, ...]:
-    """Return the names, in the index, of what a server keeps.
+def describe_api(api: str) -> ServerDescription:
+    """Return what a server is made of.
 
     Args:
         api: URL of its HTTP API.
@@ -320,7 +320,7 @@ def store_names(api: str) -> tuple[str, ...]:
     """
     with httpx.Client(timeout=_ANSWER_S) as client:
         try:
-            return describe_server(client, api).store_names
+            return describe_server(client, api)
         except StoreUnavailable as error:
             raise TiersUnavailable(str(error)) from error
 

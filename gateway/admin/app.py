@@ -101,8 +101,8 @@ def create_app(
 
     @app.get("/rates")
     async def show_rates() -> Response:
-        """Return what every worker's steps cost, whence that is known, and how far predictions were off."""
-        return _json(view_rates(fleet.snapshot, rates, receipts))
+        """Return what steps and loads cost, whence that is known, and how far predictions were off."""
+        return _json(view_rates(fleet.snapshot, rates, router.tier_speeds, receipts))
 
     @app.get("/decisions")
     async def latest_decisions(limit: Annotated[int, Query(ge=1, le=1000)] = 50) -> Response:

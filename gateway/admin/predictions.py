@@ -5,7 +5,7 @@ from __future__ import annotations
 import dataclasses
 import statistics
 from collections import defaultdict
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from typing import Any
 
 import msgspec
@@ -13,6 +13,10 @@ import msgspec
 from gateway.fleet import FleetSnapshot
 from gateway.rates import Rates
 from gateway.receipts import Receipts
+from gateway.tiers import TierSpeeds, store_speed
+from kvindex.chunks import chunk_pool
+from kvindex.stores import Store
+from kvindex.worker import RegisteredWorker, Worker
 
 
 class Errors(msgspec.Struct, frozen=True, kw_only=True):
@@ -36,8 +40,10 @@ def errors_of(late_ms: Sequence[float]) -> Errors:
     )
 
 
-def view_rates(snapshot: FleetSnapshot, rates: Rates, receipts: Receipts) -> dict[str, Any]:
-    """Return every live worker's rates, whence they are, and the errors of the predictions on record."""
+def view_rates(
+    snapshot: FleetSnapshot, rates: Rates, tier_speeds: TierSpeeds, receipts: Receipts
+) -> dict[str, Any]:
+    """Return the rates of live workers and of their stores, and the errors of predictions on record."""
     late: defaultdict[str, list[float]] = defaultdict(list)
     for receipt in receipts.latest():
         if (
@@ -61,4 +67,42 @@ def view_rates(snapshot: FleetSnapshot, rates: Rates, receipts: Receipts) -> dic
             }
         )
     everything = [error_ms for each in late.values() for error_ms in each]
-    return {"errors": errors_of(everything), "workers": workers}
+    return {
+        "errors": errors_of(everything),
+        "workers": workers,
+        "loads": [
+            _view_loads(snapshot, tier_speeds, registered, store)
+            for registered in snapshot.workers()
+            for store in _reached(snapshot, registered.worker)
+        ],
+    }
+
+
+def _reached(snapshot: FleetSnapshot, worker: Worker) -> Iterator[Store]:
+    """Yield the live stores that a worker loads from, each once."""
+    access = worker.tiers
+    if access is None:
+        return
+    stores = snapshot.stores.get(chunk_pool(access.model, access.chunk_size), {})
+    by_name = {store.name: store for store in stores.values()}
+    for name in access.stores:
+        if (store := by_name.get(name)) is not None:
+            yield store
+
+
+def _view_loads(
+    snapshot: FleetSnapshot, tier_speeds: TierSpeeds, registered: RegisteredWorker, store: Store
+) -> dict[str, Any]:
+    access = registered.worker.tiers
+    measured = store_speed(snapshot.store_speeds, store.name, access.server if access else "")
+    known, source = tier_speeds.known(store.tier, measured, registered.load)
+    return {
+        "worker": registered.worker.worker_id,
+        "store": store.name,
+        "tier": store.tier,
+        "source": source,
+        "num_loads": measured.num_loads if measured is not None else 0,
+        "gb_per_s": known.gb_per_s,
+        "latency_ms": known.latency_ms,
+        "slower": tier_speeds.factor(store.name, known, source),
+    }

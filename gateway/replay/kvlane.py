@@ -14,7 +14,7 @@ from gateway.replay.simulation import FleetSpec
 from gateway.replay.tiers import reached_by, store_specs
 from gateway.reserve import Charge, Prompts, Reserver
 from gateway.split import Split, best_split
-from gateway.tiers import TierSpeeds
+from gateway.tiers import TierPart, TierSpeeds, tier_runs
 from kvindex.blocks import BlockHash
 from kvindex.memory_index import MemoryIndex, MemoryIndexReader, MemoryIndexWriter
 from kvindex.pending import pending_blocks
@@ -136,12 +136,18 @@ class Kvlane:
                 overlap_blocks=match.overlap_blocks.get(state.slot, 0),
                 pending_blocks=pending.get(state.slot, 0),
                 profile=self._rates.profile(worker),
-                tiers=self._speeds.parts(worker.tiers, holders) if worker.tiers else (),
+                tiers=self._parts(worker, holders),
                 role=self._fleet.role(state.slot),
             )
             for worker, state in workers
         )
         self._found[job.number] = demand, candidates, {self._index.pool: hashes}
+
+    def _parts(self, worker: Worker, holders: Sequence[Sequence[Store]]) -> tuple[TierPart, ...]:
+        access = worker.tiers
+        if access is None:
+            return ()
+        return self._speeds.parts(tier_runs(holders, frozenset(access.stores), access.chunk_size))
 
     async def choose(self, job: Job, now_ms: float) -> int:
         """See `Policy`: plan and reserve."""

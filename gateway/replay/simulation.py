@@ -291,8 +291,8 @@ class Simulation:
         accepted, self._accepted[worker] = self._accepted[worker], []
         load = engine.load()
         if self._fleet.wire is not None:
-            pace = self._wires.paces[worker]
+            line = self._wires.paces[worker].line()
             load = msgspec.structs.replace(
-                load, transfer_gb_per_s=pace.gb_per_s, transfer_latency_ms=pace.latency_ms
+                load, transfer_gb_per_s=line.gb_per_s, transfer_latency_ms=line.latency_ms
             )
         self._surroundings.reported(worker, load, accepted, now_ms)

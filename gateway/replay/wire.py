@@ -115,7 +115,8 @@ class Wires:
         self._block_size = block_size
         self._sending_until_ms = [0.0] * num_workers
         self._receiving_until_ms = [0.0] * num_workers
-        self.paces = [Pace() for _ in range(num_workers)]
+        self._noticed_s = 0.0
+        self.paces = [Pace(lambda: self._noticed_s) for _ in range(num_workers)]
         """What each worker has measured as a receiver."""
 
     def computed(self, transfer: Transfer, num_tokens: int, now_ms: float) -> float | None:
@@ -134,6 +135,7 @@ class Wires:
 
     def noticed(self, transfer: Transfer, at_ms: float) -> None:
         """Have the receiver measure a transfer that is over, and that its engine has seen."""
+        self._noticed_s = at_ms / 1e3
         seconds = (transfer.wire_ms + at_ms - transfer.arrived_ms) / 1e3
         self.paces[transfer.receiver].observe(Moved(transfer.num_bytes, seconds))
 

@@ -1,4 +1,4 @@
--- Replaces what a worker says of the costs of its steps.
+-- Replaces what a worker says of the costs of its steps, or a teller of a store's speed.
 --
 -- KEYS[1]  directory of the pool
 -- ARGV     slot, incarnation, costs as JSON

@@ -28,14 +28,15 @@ from kvindex.errors import ConfigError, MalformedEvent, StoreUnavailable
 from kvindex.index import IndexWriter
 from kvindex.publisher import LoadReport, Publisher
 from kvindex.redis_index import RedisIndexWriter
-from kvindex.stores import Store
+from kvindex.stores import Store, StoreSpeed
 from kvindex.tiers.events import CacheEvents, Registration, decode_events, decode_registration
 from kvindex.tiers.holdings import ServerHoldings, StoreContents
-from kvindex.tiers.server import Place, ServerDescription, describe_server, list_place
+from kvindex.tiers.server import Place, ServerDescription, describe_server, list_place, read_speeds
 from kvindex.worker import Load, new_incarnation
 
 _ASK_AGAIN_S = 1.0
 _WATCH_S = 1.0
+_MEASURE_S = 5.0
 _STOP_PATIENCE_S = 30.0
 
 _log = structlog.get_logger(__name__)
@@ -62,6 +63,7 @@ class _Followed:
         self._holdings: ServerHoldings | None = None
         self._publishers: dict[tuple[Place, str, bool], Publisher] = {}
         self._unlisted: dict[Place, str] = {}
+        self._speeds: dict[Place, StoreSpeed] = {}
         self._list_now = asyncio.Event()
         self._tasks = [asyncio.create_task(self._follow())]
         self.heard_at_s = time.monotonic()
@@ -81,6 +83,9 @@ class _Followed:
         for place in {place for place, _, _ in self._publishers}:
             metrics.STORE_CHUNKS.remove(place.name, place.tier)
             metrics.STORE_BYTES.remove(place.name, place.tier)
+        for place, speed in self._speeds.items():
+            for part in speed.parts_s():
+                metrics.STORE_LOAD_COST.remove(place.name, part)
 
     async def _follow(self) -> None:
         try:
@@ -94,6 +99,7 @@ class _Followed:
         )
         if description.places:
             self._tasks.append(asyncio.create_task(self._list_forever(description, self._holdings)))
+            self._tasks.append(asyncio.create_task(self._measure_forever(description)))
         while True:
             for events in await self._events.get():
                 metrics.STORE_EVENTS.labels(description.instance_id, events.event_type).inc()
@@ -123,6 +129,17 @@ class _Followed:
             with contextlib.suppress(TimeoutError):
                 async with asyncio.timeout(self._config.list_interval_s):
                     await self._list_now.wait()
+
+    async def _measure_forever(self, description: ServerDescription) -> None:
+        url = self._registration.url
+        while True:
+            with contextlib.suppress(StoreUnavailable):  # its silence is noticed by others
+                found = await asyncio.to_thread(read_speeds, self._client, url, description)
+                self._speeds |= found
+                for place, speed in found.items():
+                    for part, cost_s in speed.parts_s().items():
+                        metrics.STORE_LOAD_COST.labels(place.name, part).set(cost_s)
+            await asyncio.sleep(_MEASURE_S)
 
     async def _list(self, place: Place, holdings: ServerHoldings) -> None:
         """Read what a place holds; of a shared one only if that is ours to tell, or nobody's yet."""
@@ -166,7 +183,13 @@ class _Followed:
             incarnation=new_incarnation(),
         )
         publisher = Publisher(
-            store, self._config, self._writer(), contents, lambda: _NO_LOAD, stands_by=is_listing
+            store,
+            self._config,
+            self._writer(),
+            contents,
+            lambda: _NO_LOAD,
+            costs=lambda: self._speeds.get(place),
+            stands_by=is_listing,
         )
         self._publishers[place, model, is_listing] = publisher
         publisher.start()

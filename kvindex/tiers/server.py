@@ -1,7 +1,7 @@
 """What an LMCache server is made of, asked over its HTTP API, and what its stores hold.
 
 Source: LMCache 0.5.6 `lmcache/v1/multiprocess/http_apis/` (`GET /config`, `/config/adapters`,
-`/cache/objects`) and `lmcache/v1/distributed/l2_adapters/`.
+`/cache/objects`, `/status`) and `lmcache/v1/distributed/l2_adapters/`.
 """
 
 from __future__ import annotations
@@ -16,6 +16,7 @@ import msgspec
 
 from kvindex.chunks import read_file_name, write_key
 from kvindex.errors import ConfigError, MalformedEvent, StoreUnavailable
+from kvindex.stores import StoreSpeed
 from kvindex.tiers.events import Listed, decode_page
 from kvindex.worker import Tier
 
@@ -117,6 +118,26 @@ def list_place(client: httpx.Client, url: str, place: Place) -> list[Listed]:
         found += page
         if token is None:
             return found
+
+
+def read_speeds(client: httpx.Client, url: str, description: ServerDescription) -> dict[Place, StoreSpeed]:
+    """Return how fast the places of a server's second level are, those that have measured it.
+
+    Raises:
+        StoreUnavailable: it does not answer.
+    """
+    status = _get_json(client, f"{url}/status")
+    adapters = status.get("storage_manager", {}).get("l2_adapters", ())
+    found = {}
+    # In the order of their settings, as `describe_server` reads them; only ours say how fast they load.
+    for place, adapter in zip(description.places, adapters, strict=False):
+        try:
+            speed = msgspec.convert(adapter.get("load"), StoreSpeed)
+        except msgspec.ValidationError:
+            continue
+        if speed.num_loads:
+            found[place] = speed
+    return found
 
 
 def clear_memory(client: httpx.Client, url: str) -> None:

@@ -13,7 +13,7 @@ from gateway.decision import End, Served
 from gateway.probe import ModelCard, worker_client
 from kvindex.chunks import chunk_blocks, chunk_salt, hash_chunks
 from kvindex.errors import IndexUnavailable
-from kvindex.stores import LOAD_KEY, Store
+from kvindex.stores import LOAD_KEY, Store, StoreSpeed
 from kvindex.worker import Batch, Tier, TierAccess
 from tests.support.router_bench import LEASE_MS, PROMPT, Bench, blocks_of
 
@@ -32,8 +32,10 @@ def bench(make):
     return make()
 
 
-def access(*stores: str, world_size: int = 1) -> TierAccess:
-    return TierAccess(model="/models/tiny", chunk_size=CHUNK, world_size=world_size, stores=stores)
+def access(*stores: str, world_size: int = 1, server: str = "") -> TierAccess:
+    return TierAccess(
+        model="/models/tiny", chunk_size=CHUNK, world_size=world_size, stores=stores, server=server
+    )
 
 
 async def keep(
@@ -91,7 +93,10 @@ async def test_the_tiers_of_a_worker_count_together(bench):
         "store": "a/cpu",
         "tier": "cpu",
         "num_tokens": 128,
+        "num_bytes": 128 * 1024,
         "ms": pytest.approx(5.01, abs=0.1),
+        "known": {"gb_per_s": 10, "latency_ms": 5},
+        "source": "settings",
     }
     assert view["terms"]["load_ms"] > 0
 
@@ -170,6 +175,22 @@ async def test_a_store_that_is_found_slow_turns_itself_off(bench):
         )
     assert num_loading
     assert bench.rates.profile(bench.slots["a:1"][0]).prefill_tokens_per_s == 1000
+
+
+async def test_a_store_that_its_server_finds_slow_is_left_alone_and_the_receipt_says_so(bench):
+    await bench.join("a:1", tiers=access("s3://b", server="node"))
+    store = await keep(bench, "s3://b", Tier.OBJECT, teller="node")
+    [slot] = bench.fleet.snapshot.stores[store.pool]
+    for gb_per_s, latency_ms, num_loaded in ((0.5, 10, 384), (0.5, 5000, 0), (2.0, 20, 384)):
+        speed = StoreSpeed(num_loads=3, gb_per_s=gb_per_s, latency_ms=latency_ms)
+        bench.writer.report_costs(store.pool, slot, store.incarnation, speed)
+        await bench.fleet.poll()
+        decision = await bench.decide()
+        await bench.router.finish(decision.decision_id, End.COMPLETE)
+        view = bench.receipt(decision).view()["candidates"][0]
+        assert view["loaded_tokens"] == num_loaded
+        [load] = view["loads" if num_loaded else "passed_over"]
+        assert (load["source"], load["known"]["latency_ms"]) == ("measured", latency_ms + 5)
 
 
 async def test_an_index_that_does_not_tell_of_chunks_costs_the_tiers_alone(bench, monkeypatch):

@@ -1,6 +1,7 @@
 from __future__ import annotations
 
 import math
+from typing import Any
 
 import msgspec
 import pytest
@@ -12,14 +13,17 @@ from gateway.profile import Profile
 from gateway.tiers import (
     BOUND,
     HALF_LIFE_S,
+    SPEEDS,
+    Source,
     TierLoad,
     TierPart,
+    TierRun,
     TierSpeed,
     TierSpeeds,
     tier_loads,
     tier_runs,
 )
-from kvindex.stores import Store
+from kvindex.stores import Store, StoreSpeed
 from kvindex.worker import Load, Tier, WorkerState
 from tests.support.workers import make_worker
 
@@ -57,7 +61,7 @@ def test_all_who_tell_of_a_store_tell_of_one():
 
 
 def part(at: Store, first: int, end: int, speed: TierSpeed = FAST) -> TierPart:
-    return TierPart(store=at.name, tier=at.tier, first_token=first, end_token=end, speed=speed)
+    return TierPart(store=at.name, tier=at.tier, first_token=first, end_token=end, speed=speed, known=speed)
 
 
 def test_a_load_is_what_lies_behind_the_cached_tokens_and_before_the_last():
@@ -179,15 +183,13 @@ class Clock:
         return self.now_s
 
 
-def load(ms: float, at: Store = BUCKET) -> TierLoad:
-    return TierLoad(store=at.name, tier=at.tier, num_tokens=1000, ms=ms)
+def load(ms: float, at: Store = BUCKET, known: TierSpeed | None = None) -> TierLoad:
+    known = known or SPEEDS[at.tier]
+    return TierLoad(store=at.name, tier=at.tier, num_tokens=1000, num_bytes=10**6, ms=ms, known=known)
 
 
 def load_ms(speeds: TierSpeeds, at: Store = BUCKET) -> float:
-    whole = TierPart(
-        store=at.name, tier=at.tier, first_token=0, end_token=10_000, speed=speeds.speed(at.name, at.tier)
-    )
-    [found] = tier_loads([whole], 0, 10_000, 1024)
+    [found] = tier_loads(speeds.parts([TierRun(at, 0, 10_000)]), 0, 10_000, 1024)
     return found.ms
 
 
@@ -196,7 +198,8 @@ def test_a_store_that_is_slower_than_predicted_is_soon_known_to_be():
     before_ms = load_ms(speeds)
     for _ in range(12):
         now_ms = load_ms(speeds)
-        speeds.observe([load(now_ms)], predicted_ms=now_ms + 10, queue_ms=0, ttft_ms=5 * before_ms + 10)
+        told = load(now_ms, known=FAST)
+        speeds.observe([told], predicted_ms=now_ms + 10, queue_ms=0, ttft_ms=5 * before_ms + 10)
     assert load_ms(speeds) == pytest.approx(5 * before_ms, rel=0.05)
     assert load_ms(speeds, CPU) == load_ms(TierSpeeds(), CPU)
 
@@ -213,7 +216,7 @@ def test_without_samples_a_slow_store_is_tried_again():
     speeds = TierSpeeds({Tier.OBJECT: FAST}, clock=clock)
     before_ms = load_ms(speeds)
     for _ in range(50):
-        speeds.observe([load(100)], predicted_ms=100, queue_ms=0, ttft_ms=100_000)
+        speeds.observe([load(100, known=FAST)], predicted_ms=100, queue_ms=0, ttft_ms=100_000)
     assert load_ms(speeds) == pytest.approx(before_ms * math.exp(BOUND))
     clock.now_s += 20 * HALF_LIFE_S
     assert load_ms(speeds) == pytest.approx(before_ms, rel=1e-4)
@@ -233,3 +236,47 @@ def test_of_two_stores_the_larger_load_is_blamed_most():
     before = load_ms(speeds, CPU), load_ms(speeds, BUCKET)
     speeds.observe([load(10, CPU), load(90)], predicted_ms=100, queue_ms=0, ttft_ms=300)
     assert 1 < load_ms(speeds, CPU) / before[0] < load_ms(speeds, BUCKET) / before[1]
+
+
+MEASURED = {"s3://b": {"": StoreSpeed(num_loads=9, gb_per_s=2.0, latency_ms=50.0)}}
+WORKER = Load(tier_gb_per_s=6.0, tier_latency_ms=3.0)
+
+
+def known(speeds: TierSpeeds, at: Store, **options: Any) -> tuple[float, float, Source]:
+    """Return GB/s, latency and whence they are, of what a worker would load from a store."""
+    [found] = speeds.parts([TierRun(at, 0, 64)], **options)
+    return found.speed.gb_per_s, found.speed.latency_ms, found.source
+
+
+def test_what_was_measured_takes_the_place_of_the_settings():
+    speeds = TierSpeeds({Tier.CPU: TierSpeed(gb_per_s=3.0, latency_ms=1.0), Tier.OBJECT: SLOW})
+    assert known(speeds, BUCKET) == (0.001024, 100, Source.SETTINGS)
+    assert known(speeds, CPU) == (3, 1, Source.SETTINGS)
+    assert known(speeds, CPU, load=WORKER) == (6, 3, Source.MEASURED)
+    # Into memory as the server measured it, and from there as the worker did.
+    assert known(speeds, BUCKET, measured=MEASURED, load=WORKER) == (pytest.approx(1.5), 53, Source.MEASURED)
+    assert known(speeds, BUCKET, measured=MEASURED) == (pytest.approx(1.2), 51, Source.MEASURED)
+    # A worker that has loaded says nothing of how a disk is read.
+    assert known(speeds, DISK, measured=MEASURED, load=WORKER)[2] is Source.SETTINGS
+
+
+def test_a_bucket_is_as_fast_as_the_workers_own_server_has_found_it():
+    slow = StoreSpeed(num_loads=1, gb_per_s=0.01, latency_ms=900.0)
+    measured = {"s3://b": {"near": MEASURED["s3://b"][""], "far": slow}}
+    for server, latency_ms in {"near": 55, "far": 905, "new": 55}.items():
+        assert known(TierSpeeds(), BUCKET, server=server, measured=measured)[1] == latency_ms
+
+
+def test_what_first_tokens_told_is_not_counted_again_when_it_was_measured_as_well():
+    speeds = TierSpeeds()
+    fast, slow = TierSpeed(gb_per_s=1.0), TierSpeed(gb_per_s=0.1)
+    for _ in range(20):
+        factor = speeds.factor("s3://b", fast, Source.MEASURED)
+        told = msgspec.structs.replace(load(factor, known=fast), source=Source.MEASURED)
+        speeds.observe([told], predicted_ms=factor, queue_ms=0, ttft_ms=20)
+    assert speeds.factor("s3://b", fast, Source.MEASURED) == pytest.approx(20, rel=0.01)
+    assert speeds.factor("s3://b", slow, Source.MEASURED) == pytest.approx(2, rel=0.01)
+    assert speeds.factor("s3://b", TierSpeed(gb_per_s=0.001), Source.MEASURED) == 1
+    assert speeds.factor("s3://b", TierSpeed(gb_per_s=9.0), Source.MEASURED) == pytest.approx(20, rel=0.01)
+    # It was learned of what was measured, and says nothing of the settings.
+    assert speeds.factor("s3://b", fast, Source.SETTINGS) == 1

@@ -18,7 +18,7 @@ from kvindex.index import MAX_BATCH, IndexReader, IndexWriter
 from kvindex.memory_index import MemoryIndex, MemoryIndexReader, MemoryIndexWriter
 from kvindex.pending import MOST_PENDING, Pending, Sample
 from kvindex.redis_index import RedisIndexReader, RedisIndexWriter
-from kvindex.stores import Store
+from kvindex.stores import Store, StoreSpeed
 from kvindex.worker import Batch, Load, Reservation, Role, SlotState, StepCosts, Tier, Worker
 
 POOL = Pool("m", 16)
@@ -881,6 +881,9 @@ async def test_stores_have_pools_of_their_own(index: Index):
         (events, second, 2),
     ]
     assert [each.lease_ms for each in stores] == [LONG_MS, LONG_MS]
+    speed = StoreSpeed(num_loads=3, gb_per_s=0.1 + 0.2, latency_ms=12.5)
+    index.writer.report_costs(pool, second, events.incarnation, speed)
+    assert [each.speed for each in (await index.reader.stores(pool))[1]] == [None, speed]
     found = await index.reader.holders_of(pool, [BlockHash(each) for each in (1, 2, 3, 4)])
     assert found == {1: (first,), 2: (first, second), 3: (second,), 4: ()}
     assert await index.reader.chunk_pools() == [pool]

@@ -18,6 +18,7 @@ from kvindex.chunks import chunk_blocks, chunk_pool, hash_chunks
 from kvindex.config import index_config
 from kvindex.redis_index import RedisIndexReader
 from kvindex.stores import LOAD_KEY
+from kvindex.worker import Tier
 from tests.support.cli import kvlane
 from tests.support.lora_adapter import make_adapter
 from tests.support.ports import free_port_pair, free_ports
@@ -170,7 +171,7 @@ async def test_the_index_says_which_tiers_have_a_prompt_and_who_reaches_them(fle
     await reader.close()
 
 
-async def test_an_engine_that_lost_its_memory_loads_from_disk(fleet: Fleet):
+async def test_an_engine_that_lost_its_memory_loads_from_disk(fleet: Fleet, redis_server: str):
     prompts = [prompt(3 * CHUNK + 1) for _ in range(4)]
     computed = await stored(fleet, prompts)
     fleet.first.node.clear_memory()
@@ -178,6 +179,26 @@ async def test_an_engine_that_lost_its_memory_loads_from_disk(fleet: Fleet):
     assert await loaded(fleet.first, prompts) == (computed, 4 * 3 * CHUNK)
     await eventually(lambda: fleet.first.node.num_loads("disk") > disk, PATIENCE_S)
     assert fleet.first.node.num_loads("s3") == s3
+    reader = RedisIndexReader(index_config(redis_server))
+    worker = next(
+        each
+        for each in (await reader.workers(Pool(MODEL_NAME, BLOCK_SIZE)))[1]
+        if each.worker.endpoint == fleet.first.engine.endpoint
+    )
+    # How loads were is in the index: into memory by the server, and from there by the worker.
+    assert worker.load.tier_gb_per_s > 0
+    access = worker.worker.tiers
+    assert access is not None
+
+    async def is_measured() -> bool:
+        _, stores = await reader.stores(chunk_pool(access.model, CHUNK))
+        speeds = {each.store.tier: each.speed for each in stores if each.store.name in access.stores}
+        assert speeds[Tier.CPU] is None
+        disk = speeds[Tier.DISK]
+        return disk is not None and disk.gb_per_s > 0 and access.server != ""
+
+    await eventually(is_measured, PATIENCE_S)
+    await reader.close()
 
 
 async def test_a_prompt_is_loaded_as_far_as_it_was_stored(fleet: Fleet):

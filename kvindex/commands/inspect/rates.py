@@ -1,11 +1,11 @@
-"""`kvlane inspect rates`: what workers' steps cost, whence that is known, and how well it predicts."""
+"""`kvlane inspect rates`: what steps and loads cost, whence that is known, and how well it predicts."""
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
-from rich.console import RenderableType
+from rich.console import Group, RenderableType
 from rich.text import Text
 
 from kvindex.commands.inspect.admin_api import ask
@@ -22,11 +22,14 @@ COSTS = {
 
 
 def rates(admin: AdminUrl = DEFAULT_ADMIN, as_json: AsJson = False) -> None:
-    """Show what a gateway takes every worker's steps to cost, whence, and how far its predictions were off.
+    """Show what a gateway takes workers' steps and loads to cost, whence, and how far predictions were off.
 
     Sources: `worker` measured its own steps, `pool` is what another worker of the pool measured, `profile` is
     the settings'. All are corrected by the times to first token that the access log tells: `speed` is by how
     much. Errors are measured minus predicted times of the requests on record.
+
+    Loads come from a store into the engine. Their speed is `measured` (into memory by the LMCache server,
+    from there by the worker) or the `settings`'; `slower` is by how much first tokens have corrected it.
     """
     found = ask(admin, "GET", "/rates")
     show(found, _view(found), as_json=as_json)
@@ -50,7 +53,27 @@ def _view(found: Mapping[str, Any]) -> RenderableType:
         for each in found["workers"]
     )
     numbers = ["steps", *COSTS.values(), "speed", "measured TTFTs", "late ms (p50)", "off by ms (p90)"]
-    return table(_title(found["errors"]), ["worker", "model", "source"], numbers, rows)
+    steps = table(_title(found["errors"]), ["worker", "model", "source"], numbers, rows)
+    return Group(steps, *_view_loads(found["loads"]))
+
+
+def _view_loads(found: Sequence[Mapping[str, Any]]) -> Iterator[RenderableType]:
+    rows = [
+        (
+            each["worker"],
+            each["store"],
+            each["tier"],
+            each["source"],
+            f"{each['num_loads']:,}" if each["num_loads"] else "-",
+            _short(each["gb_per_s"]),
+            _short(each["latency_ms"]),
+            f"{each['slower']:.2f}",
+        )
+        for each in found
+    ]
+    if rows:
+        numbers = ["loads and probes", "GB/s", "latency ms", "slower"]
+        yield table("loads", ["worker", "store", "tier", "source"], numbers, rows)
 
 
 def _title(errors: Mapping[str, Any]) -> str:

@@ -55,7 +55,7 @@ def content(index: int) -> bytes:
 class Store(Protocol):
     """One tier, and its medium as somebody else gets at it."""
 
-    def open(self) -> Any: ...
+    def open(self, **options: float) -> Any: ...
     def names(self) -> list[str]: ...
     def read(self, name: str) -> bytes: ...
     def write(self, name: str, body: bytes) -> None: ...
@@ -66,8 +66,9 @@ class DiskStore:
     def __init__(self, path: Path) -> None:
         self.path = path
 
-    def open(self) -> DiskTier:
-        return DiskTier(DiskTierConfig.from_dict({"base_path": str(self.path), "pause_s": PAUSE_S}))
+    def open(self, **options: float) -> DiskTier:
+        given = {"base_path": str(self.path), "pause_s": PAUSE_S, **options}
+        return DiskTier(DiskTierConfig.from_dict(given))
 
     def names(self) -> list[str]:
         return sorted(each.name for each in self.path.iterdir())
@@ -92,10 +93,11 @@ class S3Store:
         self.server, self.prefix = server, prefix
         self.client = server.client()
 
-    def open(self) -> BucketTier:
+    def open(self, **options: float) -> BucketTier:
         location = self.server.location(self.prefix)
         fields = {name: getattr(location, name) for name in ("bucket", "prefix", "region", "endpoint")}
-        return BucketTier(BucketTierConfig.from_dict({"location": fields, "pause_s": PAUSE_S}))
+        given = {"location": fields, "pause_s": PAUSE_S, **options}
+        return BucketTier(BucketTierConfig.from_dict(given))
 
     def names(self) -> list[str]:
         return [each.removeprefix(f"{self.prefix}/") for each in self.server.keys(f"{self.prefix}/")]
@@ -252,6 +254,32 @@ def test_a_medium_that_fails_is_left_alone_and_comes_back(tier: Any, store: Stor
     wait_until(lambda: not tier._switch.is_off)
     assert put(tier, 1)
     assert get(tier, 1) == [content(1)]
+
+
+def test_loads_are_measured(tier: Any):
+    assert put(tier, 1, 2, 3)
+    assert tier.report_status()["load"]["num_loads"] == 0
+    assert get(tier, 1) == [content(1)]
+    assert get(tier, 1, 2, 3, 4) == [content(1), content(2), content(3), None]
+    assert get(tier, 4) == [None]
+    load = tier.report_status()["load"]
+    assert load["num_loads"] == 2
+    assert load["gb_per_s"] > 0
+    assert load["latency_ms"] >= 0
+
+
+def test_what_nobody_loads_is_probed_and_removed_if_it_is_damaged(tier: Any, store: Store):
+    assert put(tier, 1, 2)
+    (damaged,) = (name for name in store.names() if "01" * 32 in name)
+    store.write(damaged, b"x" * (SIZE + SEAL_BYTES))
+    store.write("something-else", b"of somebody else")
+    again, listener = store.open(probe_interval_s=0.1), Listener()
+    again.register_listener(listener)
+    wait_until(lambda: damaged not in store.names())
+    wait_until(lambda: again.report_status()["load"]["num_loads"] >= 4)
+    wait_until(lambda: list(listener.stored) == [key(2)])
+    assert get(again, 1, 2) == [None, content(2)]
+    again.close()
 
 
 def test_what_is_there_at_the_start_is_told_to_who_evicts(tier: Any, store: Store):

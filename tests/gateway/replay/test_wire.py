@@ -75,9 +75,9 @@ def test_receivers_measure_the_wire_until_the_engine_notices():
         wire.asked(transfer, 0, 10_000.0 * number)
         arrived_ms = wire.computed(transfer, num_tokens, 10_000.0 * number)
         wire.noticed(transfer, arrived_ms + 5)
-    assert wire.paces[1].gb_per_s == pytest.approx(1.0)
-    assert wire.paces[1].latency_ms == pytest.approx(7.0)
-    assert wire.paces[0].gb_per_s == 0
+    assert wire.paces[1].line().gb_per_s == pytest.approx(1.0)
+    assert wire.paces[1].line().latency_ms == pytest.approx(7.0)
+    assert wire.paces[0].line().gb_per_s == 0
 
 
 @given(

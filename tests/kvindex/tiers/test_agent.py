@@ -1,5 +1,6 @@
 """The coordinator of LMCache servers: against scripted servers, and against a real one."""
 
+import asyncio
 import json
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -18,6 +19,7 @@ from kvindex.config import IndexConfig, TierAgentConfig
 from kvindex.errors import ConfigError
 from kvindex.memory_index import MemoryIndex, MemoryIndexReader, MemoryIndexWriter
 from kvindex.redis_index import RedisIndexReader
+from kvindex.stores import StoreSpeed
 from kvindex.tiers.agent import TierAgent
 from kvindex.tiers.server import clear_memory, describe_server, empty_place
 from kvindex.worker import Tier
@@ -50,6 +52,8 @@ class ScriptedServer:
         self.instance_id = instance_id
         self.in_bucket: list[int] = []
         self.lists = True
+        self.loads: list[dict[str, Any]] = []
+        """What its adapters say of themselves."""
         self.num_listings = 0
         self.hash_algorithm = "blake3"
         self.sequence = 0
@@ -82,6 +86,8 @@ class ScriptedServer:
                 },
                 "storage_manager": {"l2_adapter_config": {"adapters": adapters}},
             }
+        if path.startswith("/status") and self.loads:
+            return {"storage_manager": {"l2_adapters": self.loads}}
         if not self.lists or "adapter=s3" not in path:
             return None
         self.num_listings += 1
@@ -183,6 +189,28 @@ async def test_stores_come_into_the_index_tier_by_tier(bench: Bench):
 
 async def is_held(bench: Bench, expected: dict[str, set[int]]) -> bool:
     return await bench.held() == expected
+
+
+async def test_how_fast_a_server_reads_its_stores_comes_into_the_index(bench: Bench):
+    with bench.agent() as agent, scripted(agent) as server:
+        told = {"num_loads": 4, "gb_per_s": 0.25, "latency_ms": 80.0}
+        # LMCache's own adapters do not say.
+        server.loads = [{"type": "RawBlock"}, {"type": "S3L2Adapter", "load": told}]
+        server.register()
+        server.tell("store", "raw_block", 1)
+        server.tell("store", "s3", 1)
+
+        async def speeds() -> dict[str, StoreSpeed | None]:
+            _, stores = await bench.reader.stores(POOL)
+            return {each.store.holder_id: each.speed for each in stores}
+
+        async def are_known() -> bool:
+            wanted = {"node/raw_block": None, "s3://bucket.host by node": StoreSpeed(**told)}
+            return await speeds() == wanted
+
+        await eventually(are_known, PATIENCE_S)
+        shown = await asyncio.to_thread(httpx.get, f"{agent.url}/metrics")
+        assert 'kvlane_store_load_cost_seconds{part="load",store="s3://bucket.host"} 0.08' in shown.text
 
 
 async def test_what_a_bucket_held_before_is_known_before_any_event(bench: Bench):

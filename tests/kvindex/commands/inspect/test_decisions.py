@@ -48,7 +48,9 @@ def test_a_decision_says_what_tiers_had_and_what_was_made_of_it(inspect, admin):
     url, answers, _ = admin
     slow = TierSpeed(gb_per_s=0.001, latency_ms=500)
     for speed, said in ((SPEEDS[Tier.OBJECT], "loaded"), (slow, "computed: that is faster")):
-        part = TierPart(store="s3://kv", tier=Tier.OBJECT, first_token=0, end_token=1024, speed=speed)
+        part = TierPart(
+            store="s3://kv", tier=Tier.OBJECT, first_token=0, end_token=1024, speed=speed, known=speed
+        )
         answers["GET", "/decisions/x"] = (200, receipt(weighed(tiers=(part,), overlap_blocks=0)))
         shown = inspect("decision", "x", "--admin", url, COLUMNS="250").stdout
         for word in ("s3://kv", "object", said, "1,024", "loaded tokens", "load ms"):
