@@ -206,6 +206,8 @@ def tier_config(vllm_config: VllmConfig, kv_cache_config: KVCacheConfig, address
         # With its defaults a server that was killed holds requests up for minutes.
         "lmcache.mp.mq_timeout": 5,
         "lmcache.mp.heartbeat_interval": 1,
+        # Disk and S3 are read while a request waits for its turn.
+        "lmcache.mp.eager_prefetch": True,
         **{key: value for key, value in given.items() if key.startswith("lmcache.")},
     }
     model = copy(vllm_config.model_config)

@@ -52,6 +52,9 @@ class TierScheduler:
             stores=tuple(config.tier_stores),
             server=config.tier_server,
         )
+        self._most_ahead_tokens = kv_cache_config.num_blocks * compat.block_size(kv_cache_config)
+        self._ahead: dict[str, int] = {}
+        """Tokens that the tiers were asked for before the request's turn, by request, until that comes."""
         self._passed_over: set[str] = set()
         """Requests that the child counts as having nothing in the tiers."""
         self._limits: dict[str, int | None] = {}
@@ -70,8 +73,17 @@ class TierScheduler:
         return bool(self._child.reset_cache())
 
     def on_new_request(self, request: Request) -> None:
-        """Note a request; with `lmcache.mp.eager_prefetch` its chunks come near while it waits."""
-        if self._may_load(request):
+        """Note a request; with `lmcache.mp.eager_prefetch` its chunks come near while it waits.
+
+        They take memory of the server until its turn comes: no more is asked for than the engine itself can
+        hold.
+        """
+        if not self._may_load(request):
+            return
+        limit_tokens = self._limits[request.request_id]
+        num_tokens = min(request.num_prompt_tokens, limit_tokens or request.num_prompt_tokens)
+        if sum(self._ahead.values()) + num_tokens <= self._most_ahead_tokens:
+            self._ahead[request.request_id] = num_tokens
             self._child.on_new_request(TierRequest(request))
 
     def num_external_tokens(self, request: Request, num_computed_tokens: int) -> int | None:
@@ -86,7 +98,10 @@ class TierScheduler:
             # Nothing of the request is left in the engine: it begins anew.
             self._forget(request.request_id)
         count, _ = self._child.get_num_new_matched_tokens(TierRequest(request), num_computed_tokens)
-        return None if count is None else int(count)
+        if count is None:
+            return None
+        self._ahead.pop(request.request_id, None)
+        return int(count)
 
     def pass_over(self, request: Request, num_computed_tokens: int) -> None:
         """Note a request that loads nothing from the tiers; what it computes is stored."""
@@ -125,6 +140,7 @@ class TierScheduler:
         """Note the end of a request; return whether its blocks are needed, and what the client is told."""
         self._passed_over.discard(request.request_id)
         self._limits.pop(request.request_id, None)
+        self._ahead.pop(request.request_id, None)
         if request.request_id not in self._child.request_trackers:
             # It ended before it was ever looked at.
             self._child._get_or_create_request_tracker(TierRequest(request))

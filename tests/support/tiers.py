@@ -163,9 +163,16 @@ class TierEngine:
 
     async def num_hit_tokens(self) -> float:
         """Return vLLM's count of prompt tokens that came from outside of the engine."""
+        return await self._metric("vllm:external_prefix_cache_hits_total")
+
+    async def num_running(self) -> float:
+        """Return how many requests are running, of those that were taken."""
+        return await self._metric("vllm:num_requests_running")
+
+    async def _metric(self, name: str) -> float:
         async with httpx.AsyncClient(timeout=PATIENCE_S) as client:
             text = (await client.get(f"{self.engine.url}/metrics")).text
-        found = re.search(r"^vllm:external_prefix_cache_hits_total{.*} ([\d.e+]+)$", text, re.M)
+        found = re.search(rf"^{name}{{.*}} ([\d.e+]+)$", text, re.M)
         return float(found[1]) if found else 0.0
 
     async def forget(self) -> None:

@@ -39,6 +39,7 @@ pytestmark = pytest.mark.vllm
 PATIENCE_S = 120.0
 CHUNK = 256
 PREFIX = "fleet/one"
+MOST_RUNNING = 16
 # On a busy machine a server that is slow to answer is given up for a while, and nothing is stored then.
 PATIENT = {"lmcache.mp.heartbeat_interval": 5, "lmcache.mp.mq_timeout": 10}
 
@@ -89,6 +90,7 @@ def fleet(redis_server: str, tmp_path_factory: pytest.TempPathFactory) -> Iterat
                 start_engine(
                     port,
                     *("--tiers", spec, "--max-num-batched-tokens", "1024", *lora),
+                    *("--max-num-seqs", str(MOST_RUNNING)),
                     *("--kv-transfer-config", json.dumps({"kv_connector_extra_config": PATIENT})),
                     command=("kvlane", "serve"),
                     env=environment(redis_server),
@@ -245,6 +247,33 @@ async def test_adapters_and_salts_share_nothing(fleet: Fleet, tier: str):
     assert len({tuple(output) for output in outputs}) == 3, "the adapters make a difference"
     for owner, output in zip(OWNERS, outputs, strict=True):
         assert await loaded(engine, [tokens], **owner) == ([output], 2 * CHUNK)
+
+
+async def test_what_lies_in_s3_comes_near_while_a_request_waits_for_its_turn(fleet: Fleet):
+    tokens = prompt(3 * CHUNK + 9)
+    [computed] = await stored(fleet, [tokens])
+    await fleet.second.forget()
+    before = fleet.second.node.num_loads("s3")
+    # As many as may run do, for longer than anybody waits here.
+    running = [asyncio.create_task(fleet.second.complete(prompt(20), 4000)) for _ in range(MOST_RUNNING)]
+
+    async def is_full() -> bool:
+        return await fleet.second.num_running() == MOST_RUNNING
+
+    await eventually(is_full, PATIENCE_S)
+    hits = await fleet.second.num_hit_tokens()
+    waiting = asyncio.create_task(fleet.second.complete(tokens))
+    try:
+        await eventually(lambda: fleet.second.node.num_loads("s3") > before, PATIENCE_S)
+        assert not any(task.done() for task in (*running, waiting))
+        assert await fleet.second.num_hit_tokens() == hits
+    finally:
+        for task in running:
+            task.cancel()
+        await asyncio.gather(*running, return_exceptions=True)
+    assert await waiting == computed
+    assert await fleet.second.num_hit_tokens() == hits + 3 * CHUNK
+    assert fleet.second.node.num_loads("s3") == before + 1
 
 
 def damage(files: list[Path]) -> None:
