@@ -14,7 +14,7 @@ from gateway.labels import ANY_LABELS, Selector
 from gateway.parity import Reason
 from gateway.profile import Profile, num_pairs
 from gateway.tiers import TierLoad, TierPart, tier_cuts, tier_loads
-from kvindex.worker import Role, Worker, WorkerState
+from kvindex.worker import Role, Tier, Worker, WorkerState
 
 TIE_SHARE = 0.1
 """Costs within this share of the best, and of what the whole prompt costs, are equal: measured rates are no
@@ -137,10 +137,15 @@ class Choice(msgspec.Struct, frozen=True, kw_only=True, gc=False):
 
     @property
     def load_limit_tokens(self) -> int | None:
-        """Leading tokens of the prompt that tiers may be read for; None: all that they have is loaded."""
-        if not self.passed_over:
-            return None
-        return self.cached_tokens + self.pending_tokens + self.loaded_tokens if self.loads else 0
+        """Leading tokens of the prompt that tiers may be read for; None: whatever they have.
+
+        Where nothing is to be loaded they are not asked: they would bring what the worker has cached.
+        """
+        if self.loads:
+            end_token = self.cached_tokens + self.pending_tokens + self.loaded_tokens
+            return end_token if self.passed_over else None
+        is_far = any(part.tier is not Tier.CPU for part in self.candidate.tiers)
+        return 0 if self.passed_over or is_far else None
 
     @property
     def charge_tokens(self) -> int:
@@ -213,14 +218,16 @@ def weigh(demand: Demand, candidate: Candidate) -> Choice:
         cuts.append(Cut(end_token=cut_end, ttft_ms=terms.ttft_ms))
         if terms.ttft_ms < best.ttft_ms:
             best_end, best = cut_end, terms
+    loads = tier_loads(parts, num_before, best_end, bytes_per_token)
+    read_from = best_end if loads else 0
     return Choice(
         candidate=candidate,
         cached_tokens=cached_tokens,
         pending_tokens=pending_tokens,
         uncached_tokens=demand.num_tokens - best_end,
         terms=best,
-        loads=tier_loads(parts, num_before, best_end, bytes_per_token),
-        passed_over=tier_loads(parts, best_end, end_token, bytes_per_token),
+        loads=loads,
+        passed_over=tier_loads(parts, best_end, end_token, bytes_per_token, read_from=read_from),
         cuts=tuple(cuts),
     )
 

@@ -101,7 +101,9 @@ class TierLoad(msgspec.Struct, frozen=True, kw_only=True):
     store: str
     tier: Tier
     num_tokens: int
+    """That need not be computed then."""
     num_bytes: int
+    """Read for that; more, where a lookup brings what the worker has cached as well."""
     ms: float
     known: TierSpeed
     """Of the store, before it is corrected by first tokens."""
@@ -149,36 +151,58 @@ def tier_cuts(
     """
     load_ms, known = 0.0, set[str]()
     for part in parts:
-        first, end = max(part.first_token, first_token), min(part.end_token, end_token)
-        if first < end:
-            load_ms += part.speed.ms((end - first) * bytes_per_token)
+        if num_read := _num_read(part, first_token, end_token, read_from=0):
+            load_ms += part.speed.ms(num_read * bytes_per_token)
             load_ms -= part.speed.latency_ms if part.store in known else 0.0
             known.add(part.store)
-            yield end, load_ms
+            if (end := min(part.end_token, end_token)) > first_token:
+                yield end, load_ms
 
 
 def tier_loads(
-    parts: Sequence[TierPart], first_token: int, end_token: int, bytes_per_token: int
+    parts: Sequence[TierPart],
+    first_token: int,
+    end_token: int,
+    bytes_per_token: int,
+    *,
+    read_from: int = 0,
 ) -> tuple[TierLoad, ...]:
-    """Return what there is to load of the tokens from `first_token` to `end_token`; one load a store."""
-    tokens: dict[TierPart, int] = {}
+    """Return what there is to load of the tokens from `first_token` to `end_token`; one load a store.
+
+    Args:
+        read_from: token from which disks and buckets would be read for that.
+    """
+    if not any(max(part.first_token, first_token) < min(part.end_token, end_token) for part in parts):
+        return ()
+    tokens: dict[TierPart, tuple[int, int]] = {}
     for part in parts:
-        num_tokens = min(part.end_token, end_token) - max(part.first_token, first_token)
-        if num_tokens > 0:
+        if num_read := _num_read(part, first_token, end_token, read_from=read_from):
+            num_new = max(0, min(part.end_token, end_token) - max(part.first_token, first_token))
             kept = next((each for each in tokens if each.store == part.store), part)
-            tokens[kept] = tokens.get(kept, 0) + num_tokens
+            had_new, had_read = tokens.get(kept, (0, 0))
+            tokens[kept] = had_new + num_new, had_read + num_read
     return tuple(
         TierLoad(
             store=part.store,
             tier=part.tier,
-            num_tokens=num_tokens,
-            num_bytes=num_tokens * bytes_per_token,
-            ms=part.speed.ms(num_tokens * bytes_per_token),
+            num_tokens=num_new,
+            num_bytes=num_read * bytes_per_token,
+            ms=part.speed.ms(num_read * bytes_per_token),
             known=part.known,
             source=part.source,
         )
-        for part, num_tokens in tokens.items()
+        for part, (num_new, num_read) in tokens.items()
     )
+
+
+def _num_read(part: TierPart, first_token: int, end_token: int, *, read_from: int) -> int:
+    """Return how many tokens of a part are read for those from `first_token` to `end_token`.
+
+    A lookup brings into memory whatever disks and buckets have up to `end_token`, also what the engine has
+    cached, as LMCache cannot be asked for less. From memory only what is missing is read.
+    """
+    first = max(part.first_token, first_token if part.tier is Tier.CPU else read_from)
+    return max(0, min(part.end_token, end_token) - first)
 
 
 def store_speed(measured: Speeds, store: str, server: str) -> StoreSpeed | None:

@@ -119,23 +119,25 @@ class SimulatedTiers:
                 yield place, changes
 
     def load(self, worker: int, blocks: Sequence[int], num_cached: int, now_ms: float) -> tuple[int, float]:
-        """Read what tiers have of a prompt behind its cached blocks.
+        """Read what tiers have of a prompt behind its cached blocks; from disk and object store, all of it.
 
         Returns:
             How many leading blocks the worker has then, 0 if nothing was read, and when it has them.
         """
         num_blocks: dict[int, int] = {}
+        has_more = False
         end = 0
         for end, block in enumerate(blocks):
             place = next((each for each in self._reached[worker] if block in self._stores[each].blocks), None)
             if place is None:
                 break
             self._stores[place].blocks.move_to_end(block)
-            if end >= num_cached:
+            if end >= num_cached or self._stores[place].spec.tier is not Tier.CPU:
                 num_blocks[place] = num_blocks.get(place, 0) + 1
+            has_more |= end >= num_cached
         else:
             end = len(blocks)
-        if not num_blocks:
+        if not has_more:
             return 0, now_ms
         ready_ms = now_ms
         for place, count in num_blocks.items():

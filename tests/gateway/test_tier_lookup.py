@@ -162,6 +162,12 @@ async def test_a_body_stays_as_it_is_where_all_of_the_tiers_is_loaded_or_they_ha
     assert bench.receipt(decision).choice.loads == ()
 
 
+async def test_what_a_worker_has_cached_is_not_fetched_from_far_away(bench):
+    await bench.join("a:1", tiers=access("s3://b"), blocks=blocks_of())
+    await keep(bench, "s3://b", Tier.OBJECT)
+    assert json.loads((await bench.decide()).body)["kv_transfer_params"] == {LOAD_KEY: 0}
+
+
 async def test_a_store_that_is_found_slow_turns_itself_off(bench):
     await bench.join("a:1", tiers=access("s3://b"))
     await keep(bench, "s3://b", Tier.OBJECT)

@@ -69,7 +69,10 @@ def test_a_load_is_what_lies_behind_the_cached_tokens_and_before_the_last():
     [memory, disk] = tier_loads(parts, 500, 3499, 1024)
     assert (memory.store, memory.num_tokens, memory.ms) == ("a/cpu", 999, pytest.approx(2 + 0.999))
     assert (disk.store, disk.num_tokens, disk.ms) == ("a/fs", 2000, pytest.approx(100 + 2000))
-    assert tier_loads(parts, 4000, 5000, 1024) == ()
+    assert tier_loads(parts, 4000, 5000, 1024) == tier_loads(parts, 2000, 2000, 1024) == ()
+    [disk, memory] = tier_loads(parts, 2000, 3499, 1024, read_from=1500)
+    assert (disk.num_tokens, disk.num_bytes) == (1000, 1500 * 1024)
+    assert (memory.num_tokens, memory.num_bytes) == (499, 499 * 1024)
 
 
 def candidate(*parts: TierPart, overlap: int = 0, pending: int = 0, rate: float = 1000.0) -> Candidate:
@@ -134,6 +137,18 @@ def test_only_what_lies_behind_the_cached_and_the_pending_blocks_is_loaded():
     assert (choice.cached_tokens, choice.pending_tokens, choice.loaded_tokens) == (160, 160, 320)
     choice = weigh(demand(1000), candidate(part(CPU, 0, 640), overlap=50))
     assert (choice.loads, choice.passed_over, choice.cuts) == ((), (), ())
+
+
+def test_of_a_disk_or_a_bucket_what_is_cached_is_read_as_well_if_anything_is():
+    parts = part(BUCKET, 0, 320), part(CPU, 320, 640)
+    choice = weigh(demand(1000), candidate(*parts, overlap=10))
+    # In memory only what is missing.
+    assert [(load.num_tokens, load.num_bytes // 1024) for load in choice.loads] == [(160, 320), (320, 320)]
+    assert choice.terms.load_ms == pytest.approx(2.32 + 2.32)
+    assert (choice.cached_tokens, choice.loaded_tokens, choice.uncached_tokens) == (160, 480, 360)
+    cached = weigh(demand(1000), candidate(*parts, overlap=40))
+    assert (cached.loads, cached.passed_over, cached.load_limit_tokens) == ((), (), 0)
+    assert weigh(demand(1000), candidate(part(CPU, 0, 640), overlap=40)).load_limit_tokens is None
 
 
 def test_the_last_token_is_computed():

@@ -70,6 +70,13 @@ def test_loads_from_one_tier_wait_for_each_other_and_cached_blocks_are_not_read(
     assert tiers.load(0, [9], 0, 1.0) == (0, 1.0)
 
 
+def test_of_an_object_store_what_is_cached_is_read_as_well_if_anything_is():
+    tiers = SimulatedTiers((replace(OBJECT, capacity_bytes=10**9),), 1, 10**6)
+    list(tiers.keep(0, [1, 2, 3]))
+    assert tiers.load(0, [1, 2, 3], 2, 0.0) == (3, pytest.approx(5.0))
+    assert tiers.load(0, [1, 2, 3], 3, 10.0) == (0, 10.0)
+
+
 def conversations() -> Trace:
     """Twelve conversations in turn, more than an engine's cache holds."""
 
