@@ -68,8 +68,7 @@ class KVMover:
         self._thread = threading.Thread(target=self._loop.run_forever, name="kvlane-mover", daemon=True)
         self._ended_sends: list[str] = []
         self._ended_receives: dict[str, set[int]] = {}
-        self._received: list[tuple[Received, float]] = []
-        """Transfers that are complete, and when they were."""
+        self._moved: list[Moved] = []
         self._lock = threading.Lock()
         self._tasks: set[asyncio.Task[Any]] = set()
         self._peers: dict[tuple[str, int], asyncio.Task[SenderRank]] = {}
@@ -157,11 +156,10 @@ class KVMover:
         return sends, receives
 
     def take_moved(self) -> list[Moved]:
-        """Return what complete transfers took, of those since the last call; the engine knows of them now."""
-        now = self._loop.time()
+        """Return what complete transfers took, of those since the last call."""
         with self._lock:
-            received, self._received = self._received, []
-        return [Moved(each.num_bytes, each.busy_s + now - ended_at) for each, ended_at in received]
+            moved, self._moved = self._moved, []
+        return moved
 
     # The mover's thread
 
@@ -229,7 +227,7 @@ class KVMover:
             missing = received.missing
             if not missing:
                 with self._lock:
-                    self._received.append((received, self._loop.time()))
+                    self._moved.append(Moved(received.num_bytes, received.busy_s))
         finally:
             with self._lock:
                 self._ended_receives[request_id] = missing

@@ -28,8 +28,8 @@ class Moved:
 
     num_bytes: int
     seconds: float
-    """In which it had chunks on their way, and then waited for the engine to notice. The time in which they
-    were still being computed is not in it."""
+    """In which it had chunks on their way. The time in which they were still being computed is not in it, nor
+    is the time until the engine noticed: that is one of its steps, however fast the wire is."""
 
 
 @dataclass(frozen=True, slots=True)

@@ -47,6 +47,7 @@ def demand_of(request: HttpRequest, model: str | None, read: ReadRequest | None)
         num_context_tokens=max(len(prompt.tokens) for prompt in read.prompts) if read else 0,
         endpoints=request.candidates,
         dp_rank=int(rank) if rank.isascii() and rank.isdecimal() else None,
+        max_output_tokens=read.max_output_tokens if read else None,
         labels=_selector(request),
     )
 

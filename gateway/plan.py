@@ -37,6 +37,13 @@ STEP_TOKENS = 2048
 """Prompt tokens in a step of an engine that does not tell its budget."""
 
 
+ANSWER_TOKENS = 256
+"""Length of an answer, unless the request bounds it more tightly."""
+
+MOST_PREFILL_SHARE = 0.9
+"""Share of prompts in a worker's time that is taken to last at most."""
+
+
 class Demand(msgspec.Struct, frozen=True, kw_only=True, gc=False):
     """What a request asks of a worker."""
 
@@ -52,6 +59,8 @@ class Demand(msgspec.Struct, frozen=True, kw_only=True, gc=False):
     """Subset to choose from; None allows every worker."""
     dp_rank: int | None = None
     """Data-parallel rank that the client insists on."""
+    max_output_tokens: int | None = None
+    """Most tokens of its answer, where it says."""
     labels: Selector = ANY_LABELS
     """What a worker's labels must be."""
 
@@ -78,7 +87,8 @@ class Candidate(msgspec.Struct, frozen=True, kw_only=True, gc=False):
 class Terms(msgspec.Struct, frozen=True, kw_only=True, gc=False):
     """What sending a request to a worker means, part by part, in milliseconds of time to first token.
 
-    The first four are the prediction for the request itself, the others what it costs others there.
+    The first four are the prediction of the first token, the next two what it costs others there, the last
+    what others cost the rest of its answer.
     """
 
     queue_ms: float
@@ -93,6 +103,8 @@ class Terms(msgspec.Struct, frozen=True, kw_only=True, gc=False):
     """The prefill as a delay of every answer that is running, by `DECODE_WEIGHT`."""
     crowding_ms: float = 0.0
     """The prefill as a cost to requests still to come, by `CROWDING`."""
+    stalls_ms: float = 0.0
+    """What prompts to come will hold up the answer there, by `DECODE_WEIGHT`."""
 
     @property
     def ttft_ms(self) -> float:
@@ -101,7 +113,12 @@ class Terms(msgspec.Struct, frozen=True, kw_only=True, gc=False):
 
     @property
     def cost_ms(self) -> float:
-        """What the plan goes by: the prediction and the cost to others."""
+        """What the plan goes by: the prediction, the cost to others and the cost of others."""
+        return self.prefill_cost_ms + self.stalls_ms
+
+    @property
+    def prefill_cost_ms(self) -> float:
+        """The part of it that is over with the first token."""
         return self.ttft_ms + self.slowdown_ms + self.crowding_ms
 
 
@@ -246,7 +263,23 @@ def _terms(demand: Demand, candidate: Candidate, first_token: int, load_ms: floa
         load_ms=load_ms,
         slowdown_ms=DECODE_WEIGHT * load.running_requests * prefill_ms,
         crowding_ms=CROWDING * prefill_ms,
+        stalls_ms=_stalls_ms(demand, candidate),
     )
+
+
+def _stalls_ms(demand: Demand, candidate: Candidate) -> float:
+    """Return what an answer loses to prompts, if these take the share of time there that they took lately.
+
+    So where there is enough to do, workers with many prompts and few answers keep being that, and others the
+    reverse; nobody has to give them roles.
+    """
+    load = candidate.state.load
+    num_tokens = ANSWER_TOKENS
+    if demand.max_output_tokens is not None:
+        num_tokens = min(num_tokens, demand.max_output_tokens)
+    step_ms = candidate.profile.shared_step_ms(load.running_requests, load.running_tokens)
+    share = min(load.prefill_share, MOST_PREFILL_SHARE)
+    return DECODE_WEIGHT * num_tokens * step_ms * share / (1 - share)
 
 
 def num_requests(state: WorkerState) -> int:

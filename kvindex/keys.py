@@ -68,9 +68,9 @@ _SUFFIXES = {
     "REMOVALS": ":gone",
 }
 
-LOAD = struct.Struct("<IIIIddffff")
+LOAD = struct.Struct("<IIIIddfffff")
 """waiting requests, running requests, waiting prefill tokens, running tokens, KV usage, waiting pairs; GB/s
-and ms of transfers, and of loads from tiers."""
+and ms of transfers, and of loads from tiers; share of prompts in time."""
 
 LIVE_ROW = struct.Struct("<dIIII" + LOAD.format.removeprefix("<"))
 """lease expiry (ms), lease (ms), epoch, charged tokens, charged requests, load; zeros if fenced.

@@ -125,6 +125,8 @@ class Load(msgspec.Struct, frozen=True, kw_only=True, gc=False):
     """How fast KV came from the memory of its LMCache server lately; 0 where none did."""
     tier_latency_ms: float = 0.0
     """What such a load took beside that, whatever its size."""
+    prefill_share: float = 0.0
+    """Share of the last ten seconds or so spent in steps with prompts in them, 0 to 1."""
 
 
 class StepCosts(msgspec.Struct, frozen=True, kw_only=True, gc=False):

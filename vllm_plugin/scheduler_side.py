@@ -111,7 +111,7 @@ class SchedulerSide:
             self._config,
             RedisIndexWriter(self._config),
             EngineContents(self.worker, ZmqEventSource(self._events, self._replay)),
-            lambda: self._with_pace(load.report()),
+            lambda: self._with_measured(load.report()),
             costs=self._times.costs,
         )
         self._publisher.start()
@@ -132,7 +132,7 @@ class SchedulerSide:
             self._loads.end(loaded)
             output.finished_sending = self._frees.release(sent, loaded)
 
-    def _with_pace(self, report: LoadReport) -> LoadReport:
+    def _with_measured(self, report: LoadReport) -> LoadReport:
         transfers, loads = self._pace.line(), self._loads.line()
         load = msgspec.structs.replace(
             report.load,
@@ -140,6 +140,8 @@ class SchedulerSide:
             transfer_latency_ms=round(transfers.latency_ms, 3),
             tier_gb_per_s=round(loads.gb_per_s, 3),
             tier_latency_ms=round(loads.latency_ms, 3),
+            # In sixteenths, so that an idle engine has no news to tell all the time.
+            prefill_share=round(16 * self._times.prefill_share()) / 16,
         )
         return msgspec.structs.replace(report, load=load)
 

@@ -10,6 +10,7 @@ from typing import NamedTuple
 import numpy as np
 
 from connectors.fit import explain
+from kvindex.recent import RecentShare
 from kvindex.worker import StepCosts
 
 MIN_STEPS = 16
@@ -53,6 +54,7 @@ class StepTimes:
         self._prompting: deque[tuple[StepWork, float]] = deque(maxlen=KEPT_STEPS)
         self._decoding: deque[tuple[StepWork, float]] = deque(maxlen=KEPT_STEPS)
         self._num_steps = 0
+        self._prompts = RecentShare()
         self._known: StepCosts | None = None
         self._known_after = 0
 
@@ -71,6 +73,12 @@ class StepTimes:
             steps = self._prompting if work.prefill_tokens else self._decoding
             steps.append((work, (self._ended_at_s - began_at_s) * 1e3))
             self._num_steps += 1
+        if work.prefill_tokens:
+            self._prompts.add(began_at_s, self._ended_at_s)
+
+    def prefill_share(self) -> float:
+        """Return the share of recent time that steps with prompts in them took. On any thread."""
+        return self._prompts.at(self._clock())
 
     def costs(self) -> StepCosts | None:
         """Return what the latest steps cost; None while they are too few to tell."""

@@ -69,6 +69,41 @@ def replay(
     _report("Replay", run(trace, scale=scale, console=Console(stderr=True)), json_file)
 
 
+@app.command()
+def split(
+    trace: Annotated[
+        Path | None, typer.Option(metavar="FILE", help="Also Mooncake JSON lines: docs/replay.md.")
+    ] = None,
+    *,
+    wire: Annotated[
+        str, typer.Option(metavar="GB_PER_S[@MS]", help="How KV moves between workers.")
+    ] = "50@2",
+    engine: Annotated[
+        Path | None, typer.Option(metavar="FILE", help="YAML that describes the engines (docs/replay.md).")
+    ] = None,
+    requests_per_s: Annotated[float, typer.Option(min=0.001, help="Of the mix, on eight workers.")] = 20.0,
+    long_tokens: Annotated[int, typer.Option(min=1, help="Length of the mix's long prompts.")] = 32_000,
+    scale: Scale = 1.0,
+    json_file: JsonFile = None,
+) -> None:
+    """Simulate splitting requests: first tokens, running answers, and the traffic at which it begins."""
+    from gateway.bench.split import run
+    from gateway.replay.fleets import read_engine
+    from gateway.replay.mixes import Mix
+    from gateway.replay.wire import read_wire
+
+    mix = Mix(long_share=0.05, requests_per_s=requests_per_s, num_requests=3_000, long_tokens=long_tokens)
+    figures = run(
+        trace,
+        engine=read_engine(engine),
+        wire=read_wire(wire),
+        mix=mix,
+        scale=scale,
+        console=Console(stderr=True),
+    )
+    _report("Split requests", figures, json_file)
+
+
 for _entry in sorted(entry_points(group="kvlane.bench"), key=lambda entry: entry.name):
     app.command(_entry.name)(_entry.load())
 

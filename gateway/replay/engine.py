@@ -19,6 +19,7 @@ from gateway.profile import Profile, num_pairs
 from gateway.replay.block_cache import Allocation, BlockCache
 from gateway.replay.trace import TraceRequest
 from gateway.replay.wire import Transfer
+from kvindex.recent import RecentShare
 from kvindex.worker import Load
 
 GAP_MS = 0.01
@@ -133,6 +134,7 @@ class Engine:
         self._context_tokens = 0
         self._decoded_steps = 0
         self._began_ms = 0.0
+        self._prefilling_time = RecentShare()
         self._num_steps = 0
         self._is_prefill = False
         self._prefilled: list[Job] = []
@@ -148,8 +150,8 @@ class Engine:
         self.waiting.append(job)
         self._look(now_ms)
 
-    def received(self, job: Job, now_ms: float) -> float:
-        """Go on with a request whose KV has come; return when that is noticed: at the end of a step."""
+    def received(self, job: Job, now_ms: float) -> None:
+        """Go on with a request whose KV has come."""
         self._receiving.remove(job)
         job.awaits_kv = False
         job.computed_tokens = job.request.num_tokens - 1
@@ -157,9 +159,7 @@ class Engine:
             full = job.request.num_tokens // self.spec.block_size
             self.cache.fill(job.allocation, job.request.blocks[len(job.allocation.blocks) : full])
         self.waiting.appendleft(job)
-        is_idle = not self.is_busy
         self._look(now_ms)
-        return now_ms if is_idle else self.wake_ms
 
     def release(self, job: Job, now_ms: float) -> None:
         """Let go of the blocks of a prefill half."""
@@ -182,7 +182,7 @@ class Engine:
         self._begin(now_ms)
         return ended
 
-    def load(self) -> Load:
+    def load(self, now_ms: float) -> Load:
         """Return what the engine would report now."""
         running = [*self._prefilling, *self._prefilled]
         waiting = [*self.waiting, *running]
@@ -194,12 +194,15 @@ class Engine:
             running_tokens=self._context_tokens,
             kv_usage=self.cache.num_used_blocks / self.cache.num_blocks,
             waiting_prefill_pairs=sum(_pairs_left(job) for job in waiting),
+            prefill_share=round(16 * self._prefilling_time.at(now_ms / 1e3)) / 16,
         )
 
     def _end(self, now_ms: float) -> Ended:
         ended = Ended(computed=self._sending)
         self._sending = []
         self.busy_ms += now_ms - self._began_ms
+        if self._is_prefill:
+            self._prefilling_time.add(self._began_ms / 1e3, now_ms / 1e3)
         if self._decoding:
             gap_ms = (now_ms - self._began_ms) / self._num_steps
             self.num_gaps[round(gap_ms / GAP_MS)] += self._num_steps * len(self._decoding)

@@ -242,8 +242,8 @@ class Simulation:
     def _receive(self, job: Job, now_ms: float) -> None:
         if job.transfer is not None and job.prefill is not None:
             self._transfers.append(job.transfer)
-            noticed_ms = self._engines[job.worker].received(job, now_ms)
-            self._wires.noticed(job.transfer, noticed_ms)
+            self._wires.arrived(job.transfer)
+            self._engines[job.worker].received(job, now_ms)
             self._go_on(job.worker, now_ms)
             self._release(job.prefill, now_ms)
 
@@ -289,7 +289,7 @@ class Simulation:
     def _tell(self, worker: int, now_ms: float) -> None:
         engine = self._engines[worker]
         accepted, self._accepted[worker] = self._accepted[worker], []
-        load = engine.load()
+        load = engine.load(now_ms)
         if self._fleet.wire is not None:
             line = self._wires.paces[worker].line()
             load = msgspec.structs.replace(

@@ -115,8 +115,8 @@ class Wires:
         self._block_size = block_size
         self._sending_until_ms = [0.0] * num_workers
         self._receiving_until_ms = [0.0] * num_workers
-        self._noticed_s = 0.0
-        self.paces = [Pace(lambda: self._noticed_s) for _ in range(num_workers)]
+        self._arrived_s = 0.0
+        self.paces = [Pace(lambda: self._arrived_s) for _ in range(num_workers)]
         """What each worker has measured as a receiver."""
 
     def computed(self, transfer: Transfer, num_tokens: int, now_ms: float) -> float | None:
@@ -133,11 +133,10 @@ class Wires:
         transfer.first_token, transfer.asked_ms = first_token, now_ms
         return self._send(transfer, now_ms)
 
-    def noticed(self, transfer: Transfer, at_ms: float) -> None:
-        """Have the receiver measure a transfer that is over, and that its engine has seen."""
-        self._noticed_s = at_ms / 1e3
-        seconds = (transfer.wire_ms + at_ms - transfer.arrived_ms) / 1e3
-        self.paces[transfer.receiver].observe(Moved(transfer.num_bytes, seconds))
+    def arrived(self, transfer: Transfer) -> None:
+        """Have the receiver measure a transfer that is over."""
+        self._arrived_s = transfer.arrived_ms / 1e3
+        self.paces[transfer.receiver].observe(Moved(transfer.num_bytes, transfer.wire_ms / 1e3))
 
     def _send(self, transfer: Transfer, now_ms: float) -> float | None:
         if not (num_tokens := transfer.take()):

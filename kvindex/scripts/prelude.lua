@@ -21,7 +21,7 @@ local WORD = 4294967296
 local HASH_BYTES = 8
 
 -- Layout of LIVE_ROW in keys.py: its size, where its charge and its load begin, what is before the load.
-local ROW_BYTES = 72
+local ROW_BYTES = 76
 local CHARGE_AT = 17
 local LOAD_AT = 25
 local LIVE_HEAD = '<dI4I4I4I4'

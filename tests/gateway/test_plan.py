@@ -6,6 +6,7 @@ from hypothesis import strategies as st
 
 from gateway.parity import Reason
 from gateway.plan import (
+    ANSWER_TOKENS,
     CROWDING,
     DECODE_WEIGHT,
     TIE_MS,
@@ -245,3 +246,36 @@ def test_more_overlap_or_less_backlog_never_worsens_a_rank(given_, num_tokens, s
         rate=first.profile.prefill_tokens_per_s,
     )
     assert rank_of(name, plan(demand(num_tokens), [idler, *others], seed=seed)) <= rank_of(name, before)
+
+
+def beside_prompts(name: str, share: float, *, step_ms: float = 10.0, running: int = 0) -> Candidate:
+    state = WorkerState(
+        slot=0,
+        load=Load(prefill_share=share, running_requests=running),
+        charged_tokens=0,
+        charged_requests=0,
+    )
+    profile = Profile(prefill_tokens_per_s=1000, step_ms=step_ms)
+    return Candidate(worker=make_worker(name), state=state, overlap_blocks=0, profile=profile)
+
+
+def test_prompts_to_come_hold_up_an_answer_by_the_share_of_time_that_they_took():
+    stalls = [weigh(demand(100), beside_prompts("a:1", share)).terms.stalls_ms for share in (0, 0.5, 0.75)]
+    lasts_ms = ANSWER_TOKENS * 10
+    assert stalls == pytest.approx([0, DECODE_WEIGHT * lasts_ms, DECODE_WEIGHT * lasts_ms * 3])
+    most, more = (weigh(demand(100), beside_prompts("a:1", share)).terms for share in (0.9, 1.0))
+    assert most == more
+
+
+def test_a_short_answer_has_little_to_lose():
+    def stalls_ms(max_output_tokens: int | None) -> float:
+        asked = demand(100, max_output_tokens=max_output_tokens)
+        return weigh(asked, beside_prompts("a:1", 0.5)).terms.stalls_ms
+
+    assert stalls_ms(1) == pytest.approx(DECODE_WEIGHT * 10)
+    assert stalls_ms(10_000) == stalls_ms(None) == pytest.approx(DECODE_WEIGHT * 10 * ANSWER_TOKENS)
+
+
+def test_of_equal_workers_the_one_with_fewer_prompts_answers():
+    prompts, answers = beside_prompts("a:1", 0.8), beside_prompts("b:1", 0.1, running=1)
+    assert names(plan(demand(100), [prompts, answers], seed=0)) == ["b:1", "a:1"]

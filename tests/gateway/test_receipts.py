@@ -138,6 +138,7 @@ def test_the_view_names_every_candidate_with_its_terms():
         "load_ms": 0.0,
         "slowdown_ms": 0.0,
         "crowding_ms": 18.0 * CROWDING,
+        "stalls_ms": 0.0,
     }
     assert (seen["worker"], seen["slot"], seen["ttft_ms"]) == ("a:1", 4, 138.0)
     assert (view["matched_tokens"], view["predicted_ttft_ms"]) == (32, 138.0)

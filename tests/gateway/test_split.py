@@ -5,7 +5,7 @@ import pytest
 
 from gateway.plan import Candidate, Demand, plan
 from gateway.profile import Profile
-from gateway.split import Wire, best_split, whole
+from gateway.split import KEPT_TWICE, Wire, best_split, whole
 from kvindex.worker import Load, Role, WorkerState
 from tests.support.workers import make_worker
 
@@ -24,8 +24,16 @@ def candidate(
     address: str = "10.0.0.1:7000",
     budget: int = 2_000,
     measured: Wire | None = None,
+    waiting: int = 0,
+    prompts: float = 0.0,
+    step_ms: float = 0.0,
 ) -> Candidate:
-    load = Load(waiting_prefill_tokens=backlog, running_requests=running)
+    load = Load(
+        waiting_prefill_tokens=backlog,
+        running_requests=running,
+        waiting_requests=waiting,
+        prefill_share=prompts,
+    )
     if measured:
         load = msgspec.structs.replace(
             load, transfer_gb_per_s=measured.gb_per_s, transfer_latency_ms=measured.latency_ms
@@ -38,12 +46,16 @@ def candidate(
         state=WorkerState(slot=0, load=load, charged_tokens=0, charged_requests=0),
         role=role,
         overlap_blocks=overlap,
-        profile=Profile(prefill_tokens_per_s=10_000),
+        profile=Profile(prefill_tokens_per_s=10_000, step_ms=step_ms),
     )
 
 
-def split(*candidates: Candidate, num_tokens: int = LONG, wire: Wire | None = WIRE):
-    demand = Demand(num_tokens=num_tokens, num_lookup_tokens=num_tokens, model="tiny")
+def split(
+    *candidates: Candidate, num_tokens: int = LONG, wire: Wire | None = WIRE, answer: int | None = None
+):
+    demand = Demand(
+        num_tokens=num_tokens, num_lookup_tokens=num_tokens, model="tiny", max_output_tokens=answer
+    )
     return best_split(demand, plan(demand, candidates, seed=0), wire)
 
 
@@ -107,10 +119,56 @@ def test_the_wire_is_as_the_decode_worker_measured_it_unless_it_is_given():
     measured = candidate("d:0", Role.DECODE, running=600, measured=slow)
     assert split(prefill, measured, wire=None).terms.transfer_ms == pytest.approx(7 + 1600 - 600)
     assert split(prefill, measured, wire=WIRE).terms.transfer_ms == pytest.approx(1 + 200)
-    unmeasured = candidate("d:1", Role.DECODE, running=600)
-    assert split(prefill, unmeasured, wire=None).terms.transfer_ms == pytest.approx(10 + 200)
     quick = candidate("d:2", Role.DECODE, running=600, measured=fast)
     assert names(split(prefill, measured, quick, wire=None)) == ("p:1", "d:2")
+
+
+def test_who_has_measured_nothing_has_a_wire_like_others():
+    prefill, unmeasured = candidate("p:1", Role.PREFILL), candidate("d:0", Role.DECODE, running=600)
+    others = [
+        candidate(
+            f"d:{gb_per_s}",
+            Role.DECODE,
+            running=600,
+            backlog=90_000,
+            measured=Wire(gb_per_s=gb_per_s, latency_ms=3.0),
+        )
+        for gb_per_s in (0.5, 1.0, 8.0)
+    ]
+    found = split(prefill, unmeasured, *others, wire=None)
+    assert names(found) == ("p:1", "d:0")
+    assert found.terms.transfer_ms == pytest.approx(3 + 200)
+
+
+def test_where_nobody_has_measured_one_transfer_is_tried_and_then_waited_for():
+    prefill = candidate("p:1", Role.PREFILL)
+    trial = split(prefill, candidate("d:1", Role.DECODE, running=600), wire=None)
+    assert trial.terms.transfer_ms == pytest.approx(10 + 20)
+    waiting = split(prefill, candidate("d:1", Role.DECODE, running=600, waiting=1), wire=None)
+    assert waiting.terms.transfer_ms == pytest.approx(10 + 200)
+
+
+def test_among_workers_for_both_answers_go_where_few_prompts_are():
+    """The one with few answers is the place for a prompt, and so no place for one more answer."""
+    prompts = candidate("many prompts:1", running=1, prompts=0.8, step_ms=20)
+    answers = candidate("many answers:1", running=60, step_ms=20)
+    found = split(prompts, answers, num_tokens=2_000, wire=FREE)
+    assert names(found) == ("many prompts:1", "many answers:1")
+    assert found.terms.stalls_ms == 0
+    assert split(prompts, answers, num_tokens=2_000, wire=FREE, answer=1) is None
+    even = candidate("many prompts:1", running=1, prompts=0.1, step_ms=20)
+    assert split(even, answers, num_tokens=2_000, wire=FREE) is None
+
+
+def test_blocks_that_two_workers_keep_push_others_out_unless_one_only_computes_prompts():
+    decode = candidate("d:1", running=600)
+    both = split(candidate("p:1"), decode)
+    alone = split(candidate("p:1", Role.PREFILL), decode)
+    assert both is None
+    assert alone.terms.others_ms == pytest.approx(800)
+    busy = candidate("p:1", running=1, prompts=0.89, step_ms=20)
+    kept = split(busy, candidate("d:1", running=30, step_ms=20), num_tokens=2_000, wire=FREE)
+    assert kept.terms.others_ms == pytest.approx(200 + 0.02 * 200 + KEPT_TWICE * 200)
 
 
 def test_the_queue_at_either_end_counts():
@@ -137,6 +195,7 @@ def test_nobody_is_both_ends():
                 + found.terms.transfer_ms
                 + found.terms.decode_ms
                 + found.terms.others_ms
+                + found.terms.stalls_ms
             )
 
 

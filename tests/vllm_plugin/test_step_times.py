@@ -198,3 +198,18 @@ def test_an_engine_that_becomes_slower_is_known_to_be():
             clock.now_s += step_s
             times.end()
     assert measured_ms(times) == pytest.approx(30)
+
+
+def test_steps_with_prompts_are_known_by_their_share_of_recent_time():
+    now_s = 0.0
+    times = StepTimes(lambda: now_s)
+    assert times.prefill_share() == 0
+    for _ in range(200):
+        for work, duration_s in ((StepWork(512, 1.0, 4, 100), 0.3), (StepWork(0, 0.0, 4, 100), 0.1)):
+            times.begin(work)
+            now_s += duration_s
+            times.end()
+        now_s += 0.1
+    assert times.prefill_share() == pytest.approx(0.6, abs=0.02)
+    now_s += 100
+    assert times.prefill_share() < 0.001

@@ -129,10 +129,11 @@ def test_the_load_is_what_is_waiting_and_what_is_decoding():
     engine.wake(engine.wake_ms)
     engine.submit(job(1, 700), 200.0)
     engine.wake(engine.wake_ms)
-    load = engine.load()
+    load = engine.load(engine.wake_ms)
     assert load.running_requests == 2
     assert load.waiting_prefill_tokens == 700 - 255 + 255 // 2  # half of the step under way
     assert load.running_tokens >= 101
+    assert load.prefill_share == 0  # of ten seconds, the first prompt took 20 ms
     assert not math.isinf(engine.wake_ms)
 
 
@@ -174,12 +175,12 @@ def test_a_decode_half_holds_room_computes_one_token_and_lets_others_pass():
     assert engine.asking == [waiting]
     assert not engine.is_busy
     assert engine.cache.num_used_blocks == 26
-    assert engine.load().waiting_requests == 1
-    assert engine.load().waiting_prefill_tokens == 1
+    load = engine.load(0.0)
+    assert (load.waiting_requests, load.waiting_prefill_tokens) == (1, 1)
     play(engine, [behind])
     assert not math.isnan(behind.finished_ms)
     assert math.isnan(waiting.first_token_ms)
-    assert engine.received(waiting, 100.0) == 100.0
+    engine.received(waiting, 100.0)
     play(engine, [])
     assert waiting.first_token_ms == pytest.approx(100 + 5 + 0.1 + 399.5 * 10 / 1e6)
     assert engine.cache.num_leading(range(25)) == 25
