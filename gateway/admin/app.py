@@ -144,7 +144,7 @@ def create_app(
 
     @app.post("/prefix")
     async def prefix(request: Request) -> Response:
-        """Return how much of a prompt each worker holds.
+        """Return how much of a prompt each worker holds, and how soon it would answer it.
 
         The body is `{"model", "text"}`, or that of a chat request; with `tenant`, as if that tenant sent it.
         """
@@ -202,6 +202,8 @@ def _view_overlap(choice: Choice) -> dict[str, Any]:
         "matched_tokens": candidate.overlap_blocks * candidate.worker.block_size,
         "degraded": candidate.degraded,
         "tier_tokens": {Tier.DEVICE: candidate.overlap_blocks * candidate.worker.block_size} | tiers,
+        "predicted_ttft_ms": choice.terms.ttft_ms,
+        "cuts": msgspec.to_builtins(choice.cuts),
     }
 
 

@@ -297,6 +297,8 @@ async def test_prefix_asks_as_a_completion_or_a_chat(admin, gateway):
                 "matched_tokens": 32,
                 "degraded": None,
                 "tier_tokens": {"device": 32},
+                "predicted_ttft_ms": pytest.approx(68),
+                "cuts": [],
             },
         ],
         "chains": [
