@@ -52,6 +52,7 @@ class BucketTierConfig(S3L2AdapterConfig):
     """What the place is called in the index."""
     max_bytes: int = 0
     deadline_s: float = 20.0
+    lookup_s: float = 2.0
     pause_s: float = 10.0
     probe_interval_s: float = PROBE_INTERVAL_S
 
@@ -59,8 +60,8 @@ class BucketTierConfig(S3L2AdapterConfig):
     def from_dict(cls, given: dict[str, Any]) -> BucketTierConfig:
         """Read `location` (of `S3Location`) and the rest, which may be left out.
 
-        `max_bytes` (0: no limit), `num_threads`, `deadline_s` of one request, `pause_s` after a failure,
-        `probe_interval_s`.
+        `max_bytes` (0: no limit), `num_threads`, `deadline_s` of one request, `lookup_s` of what a lookup
+        waits for, `pause_s` after a failure, `probe_interval_s`.
         """
         location = S3Location(**given["location"])
         config = cls(
@@ -71,7 +72,7 @@ class BucketTierConfig(S3L2AdapterConfig):
             disable_tls=not location.is_tls,
         )
         config.location, config.url = location, location.url
-        for name in ("max_bytes", "deadline_s", "pause_s", "probe_interval_s"):
+        for name in ("max_bytes", "deadline_s", "lookup_s", "pause_s", "probe_interval_s"):
             setattr(config, name, given.get(name, getattr(cls, name)))
         return config
 
@@ -83,6 +84,7 @@ class BucketTier(S3L2Adapter):
         self._switch = Switch("s3", config.location.url, config.pause_s)
         self._location = config.location
         self._deadline_s = config.deadline_s
+        self._lookup_s = config.lookup_s
         self._pool = ThreadPoolExecutor(2, thread_name_prefix="bucket-tier")
         self._meter = LoadMeter("s3", self._probe, config.probe_interval_s)
         self._is_counted = False
@@ -184,6 +186,31 @@ class BucketTier(S3L2Adapter):
         if new:
             self._notify_keys_stored([key for key, _ in new], [size for _, size in new])
         self._store_efd.notify()
+
+    async def _execute_lookup(self, keys: list[Any], task_id: int) -> None:
+        """Say what is there. What S3 has not said in time is not, this time; it is remembered for the next.
+
+        A prompt that memory or a disk has, or nobody, would wait for a slow S3 otherwise: LMCache asks all.
+        """
+        looking = asyncio.ensure_future(super()._execute_lookup(keys, task_id))
+        await asyncio.wait([looking], timeout=self._lookup_s)
+        if looking.done():
+            looking.result()
+            return
+        known = Bitmap(len(keys))
+        with self._lock:
+            for index, key in enumerate(keys):
+                if _object_key_to_string(key) in self._object_size_cache:
+                    known.set(index)
+                    self._locked_keys[key] += 1
+            self._completed_lookup_tasks[task_id] = known
+        self._lookup_efd.notify()
+        await looking
+        # One of the two answers was taken; what the other has locked is let go.
+        with self._lock:
+            late = self._completed_lookup_tasks.pop(task_id, None)
+        locked = known if late is None else late
+        self.submit_unlock([key for index, key in enumerate(keys) if locked.test(index)])
 
     async def _execute_load(self, keys: list[Any], objects: list[Any], task_id: int) -> None:
         loaded = Bitmap(len(keys))

@@ -141,12 +141,18 @@ class DiskTier(FSL2Adapter):
         return [is_loaded for is_loaded, _ in outcomes]
 
     def _probe(self, num_objects: int) -> None:
-        with os.scandir(self._base_path) as entries:
-            found = [
-                (key, entry.stat().st_size)
-                for entry in islice(entries, _PROBED_AMONG)
-                if (key := _filename_to_object_key(entry.name)) is not None
-            ]
+        try:
+            with os.scandir(self._base_path) as entries:
+                found = [
+                    (key, entry.stat().st_size)
+                    for entry in islice(entries, _PROBED_AMONG)
+                    if (key := _filename_to_object_key(entry.name)) is not None
+                ]
+        except FileNotFoundError:
+            return  # one was evicted meanwhile
+        except OSError as error:
+            self._switch.failed(str(error))
+            return
         chosen = random.sample(found, min(num_objects, len(found)))
         scratch = [Scratch(max(0, size - SEAL_BYTES)) for _, size in chosen]
         loading = self._load([key for key, _ in chosen], scratch)

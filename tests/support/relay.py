@@ -5,7 +5,7 @@ from __future__ import annotations
 import asyncio
 import ssl
 import threading
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from concurrent.futures import Future
 from contextlib import contextmanager, suppress
 
@@ -16,16 +16,21 @@ class Relay:
     def __init__(self, target_port: int) -> None:
         self.target_port = target_port
         self.port = 0
+        self.delay_s = 0.0
+        """By which what the server sends comes later."""
 
     async def pass_on(self, reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
         with suppress(OSError, ssl.SSLError):
             to, back = await asyncio.open_connection("127.0.0.1", self.target_port)
-            await asyncio.gather(_copy(reader, back), _copy(to, writer))
+            await asyncio.gather(_copy(reader, back), _copy(to, writer, lambda: self.delay_s))
 
 
-async def _copy(reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
+async def _copy(
+    reader: asyncio.StreamReader, writer: asyncio.StreamWriter, delay_s: Callable[[], float] = lambda: 0.0
+) -> None:
     with suppress(OSError, ssl.SSLError):
         while data := await reader.read(1 << 16):
+            await asyncio.sleep(delay_s())
             writer.write(data)
             await writer.drain()
     writer.close()
