@@ -110,7 +110,12 @@ class TierEngine:
         targets = self._targets[: num_chunks * _BLOCKS_PER_CHUNK]
         started = time.perf_counter()
         self._scheduler.maybe_submit_lookup_request(request_id, tokens)
-        found = self._wait(lambda: self._scheduler.check_lookup_result(request_id), 0.0002)
+
+        def looked_up() -> tuple[int] | None:
+            found = self._scheduler.check_lookup_result(request_id)
+            return None if found is None else (found,)
+
+        (found,) = self._wait(looked_up, 0.0002)
         if found != len(tokens):
             raise BenchFailed(f"{found} of {len(tokens)} tokens were found")
         order = LoadStoreOp(tokens, [targets], 0, len(tokens))
