@@ -204,8 +204,9 @@ class Engine:
         if self._is_prefill:
             self._prefilling_time.add(self._began_ms / 1e3, now_ms / 1e3)
         if self._decoding:
-            gap_ms = (now_ms - self._began_ms) / self._num_steps
-            self.num_gaps[round(gap_ms / GAP_MS)] += self._num_steps * len(self._decoding)
+            gap = round((now_ms - self._began_ms) / self._num_steps / GAP_MS)
+            num_tokens = self._num_steps * len(self._decoding)
+            self.num_gaps[gap] = self.num_gaps.get(gap, 0) + num_tokens
         self._decoded_steps += self._num_steps
         self._context_tokens += self._num_steps * len(self._decoding)
         for job in self._prefilled:
