@@ -15,6 +15,8 @@ import random
 import threading
 import time
 from concurrent.futures import ThreadPoolExecutor
+from http import HTTPStatus
+from types import SimpleNamespace
 from typing import Any
 
 import structlog
@@ -233,7 +235,7 @@ class BucketTier(S3L2Adapter):
         for key, each, outcome in zip(keys, objects, outcomes, strict=True):
             if outcome is True:
                 num_bytes += len(each.byte_array)
-            elif outcome is False or _status(outcome) == 404:
+            elif outcome is False:
                 lost.append(key)
             else:
                 errors.append(outcome)
@@ -263,6 +265,32 @@ class BucketTier(S3L2Adapter):
                 self._object_size_cache.pop(_object_key_to_string(key), None)
         self._notify_keys_deleted(keys, sizes)
 
+    def _head_request(self, name: str) -> tuple[Any, dict[str, int | None]]:
+        """Begin to ask for an object's size; return what LMCache waits for, and what it looks at then.
+
+        LMCache's own waits for as long as awscrt tries, which takes minutes.
+        """
+        found: dict[str, int | None] = {"len": None, "status": None}
+        asking = self._loop.create_task(self._head(name, found))
+        return SimpleNamespace(finished_future=asking), found
+
+    async def _head(self, name: str, found: dict[str, int | None]) -> None:
+        def take(status_code: int, headers: list[tuple[str, str]], **_: Any) -> None:  # noqa: ANN401 - awscrt's
+            sizes = [int(value) for header, value in headers if header.lower() == "content-length"]
+            found.update(status=status_code, len=sizes[0] if sizes else None)
+
+        request = self._make_request("HEAD", name)
+        try:
+            await self._perform(s3.S3RequestType.DEFAULT, request, operation="HeadObject", on_headers=take)
+        except s3.S3ResponseError as error:
+            key = _string_to_object_key(name)
+            if error.status_code != HTTPStatus.NOT_FOUND:
+                raise ConnectionError(_reason(error)) from error
+            if key in self._key_sizes:
+                metrics.MISSING.labels("s3").inc()
+                self._forget([key])
+            raise
+
     async def _put(self, key: Any, memory: Any) -> int:  # noqa: ANN401 - LMCache's
         """Store one object; return its size."""
         name = _object_key_to_string(key)
@@ -282,7 +310,7 @@ class BucketTier(S3L2Adapter):
         return len(body)
 
     async def _get(self, key: Any, memory: Any) -> bool:  # noqa: ANN401 - LMCache's
-        """Load one object; return False, and remove it, if it is not what was stored."""
+        """Load one object; return False if it is gone, or is not what was stored, and was removed."""
         name = _object_key_to_string(key)
         content = memoryview(memory.byte_array).cast("B")
         found = bytearray(SEAL_BYTES)
@@ -301,7 +329,13 @@ class BucketTier(S3L2Adapter):
             found[start : start + len(rest)] = rest
 
         request = self._make_request("GET", name)
-        await self._perform(s3.S3RequestType.GET_OBJECT, request, size + SEAL_BYTES, on_body=take)
+        try:
+            await self._perform(s3.S3RequestType.GET_OBJECT, request, size + SEAL_BYTES, on_body=take)
+        except s3.S3ResponseError as error:
+            if error.status_code != HTTPStatus.NOT_FOUND:
+                raise
+            metrics.MISSING.labels("s3").inc()
+            return False
         run = asyncio.get_running_loop().run_in_executor
         if num_received == size + SEAL_BYTES and await run(self._pool, is_sealed, name, content, found):
             return True
@@ -370,10 +404,7 @@ class _Body:
         return self._position
 
 
-def _status(error: object) -> int | None:
-    return error.status_code if isinstance(error, s3.S3ResponseError) else None
-
-
 def _reason(error: object) -> str:
-    status = _status(error)
-    return f"S3 answers {status}" if status else str(error) or type(error).__name__
+    if isinstance(error, s3.S3ResponseError):
+        return f"S3 answers {error.status_code}"
+    return str(error) or type(error).__name__

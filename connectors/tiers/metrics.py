@@ -9,6 +9,11 @@ DAMAGED = Counter(
     "Files and objects that were not what was stored: removed, and computed again.",
     ["tier"],
 )
+MISSING = Counter(
+    "kvlane_store_missing_objects",
+    "Objects that were there by all that was known, and are not: forgotten, and computed again.",
+    ["tier"],
+)
 FAILURES = Counter("kvlane_store_failures", "Reads and writes at which a tier as a whole failed.", ["tier"])
 LOADED_BYTES = Counter(
     "kvlane_store_loaded_bytes",

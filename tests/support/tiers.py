@@ -104,6 +104,11 @@ class TierNode:
         found = re.findall(rf'^kvlane_store_damaged_objects_total{{tier="{tier}"}} ([\d.e+]+)$', text, re.M)
         return sum(map(float, found))
 
+    def is_off(self, tier: str) -> bool:
+        """Whether a tier, `disk` or `s3`, is left alone because it failed."""
+        text = httpx.get(f"{self.api}/metrics", timeout=PATIENCE_S).text
+        return f'kvlane_store_off{{tier="{tier}"}} 1.0' in text
+
     def server_pid(self) -> int:
         """Return the process of LMCache's server."""
         listed = subprocess.run(

@@ -109,6 +109,9 @@ class S3Store:
     def write(self, name: str, body: bytes) -> None:
         self.client.put_object(Bucket=BUCKET, Key=f"{self.prefix}/{name}", Body=body)
 
+    def remove(self, name: str) -> None:
+        self.client.delete_object(Bucket=BUCKET, Key=f"{self.prefix}/{name}")
+
     @contextmanager
     def broken(self) -> Iterator[None]:
         """Take the bucket away."""
