@@ -84,7 +84,7 @@ def serve(
     if find_spec("vllm") is None:
         raise ConfigError("vLLM is not installed here: pip install 'vllm>=0.24', then kvlane beside it")
     if kept is not None and tiers is not None:
-        _prepare(kept, tiers, shlex.split(tiers_args))
+        _prepare(kept, tiers, shlex.split(tiers_args), _block_size(arguments))
     # By module: a script may be missing, or another environment's. -P: a folder `vllm` here is not meant.
     command = [sys.executable, "-P", "-m", "vllm.entrypoints.cli.main", "serve", model, *arguments]
     os.execv(sys.executable, command)  # noqa: S606 - no shell wanted
@@ -105,9 +105,8 @@ def complete_arguments(
     arguments = list(given)
     if "--no-enable-prefix-caching" in arguments:
         raise ConfigError("a worker needs its prefix cache: remove --no-enable-prefix-caching")
-    block_size = _value(arguments, "--block-size")
-    if isinstance(tiers, Tiers) and block_size is not None and block_size.isdecimal():
-        checks.check_block_size(tiers.chunk_size, int(block_size))
+    if isinstance(tiers, Tiers):
+        checks.check_block_size(tiers.chunk_size, _block_size(arguments))
     transfer = _take_json(arguments, "--kv-transfer-config")
     events = _take_json(arguments, "--kv-events-config")
     if (connector := transfer.get("kv_connector", CONNECTOR_NAME)) != CONNECTOR_NAME:
@@ -145,7 +144,7 @@ def complete_arguments(
     ]
 
 
-def _prepare(tiers: Tiers | JoinedTiers, spec: str, arguments: Sequence[str]) -> None:
+def _prepare(tiers: Tiers | JoinedTiers, spec: str, arguments: Sequence[str], block_size: int | None) -> None:
     """Have the tiers there before the engine starts; they stay in use until it ends.
 
     Raises:
@@ -162,8 +161,15 @@ def _prepare(tiers: Tiers | JoinedTiers, spec: str, arguments: Sequence[str]) ->
         node.join_or_start(tiers, spec, arguments)
     if tiers.api:
         server = node.describe_api(tiers.api)
+        checks.check_block_size(server.chunk_size, block_size)
         os.environ.setdefault("KVLANE_TIER_SERVER", server.instance_id)
         os.environ.setdefault("KVLANE_TIER_STORES", json.dumps(server.store_names))
+
+
+def _block_size(arguments: Sequence[str]) -> int | None:
+    """Return the tokens per block that vLLM is told; None: it chooses, or will complain itself."""
+    value = _value(arguments, "--block-size")
+    return int(value) if value is not None and value.isdecimal() and int(value) else None
 
 
 def _value(arguments: Sequence[str], flag: str) -> str | None:

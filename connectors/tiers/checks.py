@@ -15,6 +15,8 @@ LMCACHE = "0.5.6"
 INSTALL = f"pip install 'kvlane[tiers]' && pip install --no-deps lmcache=={LMCACHE}"
 _SHARED_MEMORY = Path("/dev/shm")  # noqa: S108 - where POSIX shared memory lies
 _ANSWER_S = 5.0
+_LARGEST_BLOCK_SIZE = 128
+"""That vLLM chooses by itself: 16 on most GPUs, more where a kernel wants it, this on a CPU."""
 
 
 def check_lmcache() -> None:
@@ -31,13 +33,22 @@ def check_lmcache() -> None:
         raise ConfigError(f"tiers need LMCache {LMCACHE} or a later 0.5, here is {found}: {INSTALL}")
 
 
-def check_block_size(chunk_size: int, block_size: int) -> None:
+def check_block_size(chunk_size: int, block_size: int | None) -> None:
     """Raise if chunks are not made of whole blocks.
+
+    Args:
+        chunk_size: tokens.
+        block_size: tokens; None: what vLLM chooses, a power of two up to 128.
 
     Raises:
         ConfigError: they are not.
     """
-    if chunk_size % block_size:
+    if block_size is None and chunk_size % _LARGEST_BLOCK_SIZE:
+        raise ConfigError(
+            f"--tiers: chunks of {chunk_size} tokens may not be whole blocks: set --block-size, or "
+            f"chunk= to a multiple of {_LARGEST_BLOCK_SIZE}"
+        )
+    if block_size is not None and chunk_size % block_size:
         raise ConfigError(
             f"--tiers: chunks of {chunk_size} tokens are not whole blocks of {block_size}: set chunk= to a "
             "multiple"

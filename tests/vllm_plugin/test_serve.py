@@ -164,6 +164,7 @@ class TestTiers:
             ("ssd=1GB", "no tier 'ssd'"),
             ("cpu=1GB,disk=/proc/1", "cannot be written to"),
             ("lmcache=127.0.0.1:1", "no LMCache server"),
+            ("cpu=1GB,chunk=100", "set --block-size, or chunk= to a multiple of 128"),
         ],
     )
     def test_what_is_wrong_is_said_before_vllm_starts(self, tiers: str, says: str, monkeypatch):

@@ -94,6 +94,9 @@ def test_chunks_are_whole_blocks():
     checks.check_block_size(256, 32)
     with pytest.raises(ConfigError, match="256 tokens are not whole blocks of 48"):
         checks.check_block_size(256, 48)
+    checks.check_block_size(384, None)
+    with pytest.raises(ConfigError, match="100 tokens may not be whole blocks: set --block-size, or chunk="):
+        checks.check_block_size(100, None)
 
 
 def test_a_server_to_join():
