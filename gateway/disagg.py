@@ -106,7 +106,7 @@ class Disaggregation:
             transfer_id=new_transfer_id(),
             peer=sender.transfer_address,
             peer_tp_size=sender.tp_size,
-            load_limits=(split.prefill.load_limit_tokens, split.decode.load_limit_tokens),
+            load_limits=(split.prefill.load_limit_tokens, split.decode_limit_tokens),
         )
         return Pair(split, bodies, prefill_id)
 

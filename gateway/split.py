@@ -12,6 +12,7 @@ from collections.abc import Sequence
 import msgspec
 
 from gateway.plan import STEP_TOKENS, Choice, Demand
+from gateway.tiers import tier_cuts
 from kvindex.worker import Role
 
 
@@ -42,7 +43,7 @@ class SplitTerms(msgspec.Struct, frozen=True, kw_only=True):
     prefill_ms: float
     """Until the prefill worker has computed the prompt: its queue, the prompt, the decodes beside it."""
     transfer_ms: float
-    """From there until the last block has arrived: what the wire could not move meanwhile."""
+    """From there until the last block has arrived: what the wire, or tiers, could not move meanwhile."""
     decode_ms: float
     """Queue at the decode worker, the rest of the step under way, and the first with the request in it."""
     others_ms: float
@@ -67,6 +68,10 @@ class Split(msgspec.Struct, frozen=True, kw_only=True):
     prefill: Choice
     decode: Choice
     terms: SplitTerms
+    sent_from_token: int
+    """First token of the prompt that is sent: those before are in the decode worker's cache, or its tiers."""
+    decode_limit_tokens: int | None
+    """As `Choice.load_limit_tokens`, for the decode worker."""
     spare_ms: float = 0.0
     """How much less it costs than what would be done instead."""
 
@@ -91,12 +96,12 @@ def best_split(demand: Demand, choices: Sequence[Choice], wire: Wire | None = No
     wires = {id(each): wire or _measured(each) or typical or _untried(each) for each in decoding}
 
     def decode_cost_ms(second: Choice) -> float:
-        wire_ms = _wire_ms(demand, second, wires[id(second)])
+        wire_ms = _wire_ms(demand, second, wires[id(second)], second.cached_tokens)
         return _decode_ms(second) + second.terms.stalls_ms + wire_ms + KEPT_TWICE * second.terms.prefill_ms
 
     # The two halves cost what they cost whoever has the other, all but one term; and they are never one.
     splits = [
-        Split(prefill=first, decode=second, terms=_terms(demand, first, second, wires[id(second)]))
+        _split(demand, first, second, wires[id(second)])
         for first in heapq.nsmallest(2, prefilling, key=lambda each: each.terms.prefill_cost_ms)
         for second in heapq.nsmallest(2, decoding, key=decode_cost_ms)
         if first is not second
@@ -110,18 +115,57 @@ def best_split(demand: Demand, choices: Sequence[Choice], wire: Wire | None = No
     return msgspec.structs.replace(best, spare_ms=instead_ms - best.terms.cost_ms)
 
 
-def _terms(demand: Demand, first: Choice, second: Choice, wire: Wire) -> SplitTerms:
-    """Blocks leave with the step that computed them, so the wire works while the next steps compute."""
-    wire_ms = _wire_ms(demand, second, wire)
+def _split(demand: Demand, first: Choice, second: Choice, wire: Wire) -> Split:
+    """Return how two workers share a request.
+
+    The decode worker reads its tiers while the prompt is computed, as far as that makes the first token no
+    later: what it reads need not be sent.
+    """
+    candidate = second.candidate
+    parts = () if candidate.degraded else candidate.tiers
+    end_token, bytes_per_token = demand.num_lookup_tokens - 1, candidate.worker.bytes_per_token
+    reads = [(second.cached_tokens, 0.0)]
+    reads += tier_cuts(parts, second.cached_tokens, end_token, bytes_per_token)
+    terms = [
+        _terms(demand, first, second, wire, sent_from_token=token, load_ms=load_ms)
+        for token, load_ms in reads
+    ]
+    best = min(range(len(reads)), key=lambda index: (terms[index].ttft_ms, -index))
+    # Not asked, tiers bring nothing that the worker has cached; and they have nothing behind the last cut.
+    limits = [0 if parts else None, *(token for token, _ in reads[1:-1]), None]
+    return Split(
+        prefill=first,
+        decode=second,
+        terms=terms[best],
+        sent_from_token=reads[best][0],
+        decode_limit_tokens=limits[best],
+    )
+
+
+def _terms(
+    demand: Demand, first: Choice, second: Choice, wire: Wire, *, sent_from_token: int, load_ms: float
+) -> SplitTerms:
+    """Blocks leave with the step that computed them, so the wire works while the next steps compute.
+
+    Args:
+        demand: the request.
+        first: who computes the prompt.
+        second: who decodes.
+        wire: between them.
+        sent_from_token: what is before need not be sent.
+        load_ms: time in which the decode worker's tiers bring their part of that.
+    """
+    wire_ms = _wire_ms(demand, second, wire, sent_from_token)
     num_steps = max(
         1, -(-first.uncached_tokens // (first.candidate.worker.max_num_batched_tokens or STEP_TOKENS))
     )
     computing_ms = first.terms.prefill_ms * (1 - 1 / num_steps)
+    transfer_ms = wire.latency_ms + max(wire_ms - computing_ms, wire_ms / num_steps)
     # In the cache of a worker that only computes prompts there is nothing else to keep.
     kept_twice = KEPT_TWICE if first.candidate.role is not Role.PREFILL else 0.0
     return SplitTerms(
         prefill_ms=first.terms.ttft_ms,
-        transfer_ms=wire.latency_ms + max(wire_ms - computing_ms, wire_ms / num_steps),
+        transfer_ms=max(transfer_ms, load_ms - first.terms.ttft_ms),
         decode_ms=_decode_ms(second),
         others_ms=first.terms.prefill_cost_ms - first.terms.ttft_ms + kept_twice * second.terms.prefill_ms,
         stalls_ms=second.terms.stalls_ms,
@@ -146,9 +190,9 @@ def _untried(choice: Choice) -> Wire:
     return ASSUMED if state.load.waiting_requests + state.charged_requests else HOPED_FOR
 
 
-def _wire_ms(demand: Demand, second: Choice, wire: Wire) -> float:
-    """Return the time on the wire of all blocks that the decode worker does not have."""
-    num_bytes = (demand.num_tokens - second.cached_tokens) * second.candidate.worker.bytes_per_token
+def _wire_ms(demand: Demand, second: Choice, wire: Wire, sent_from_token: int) -> float:
+    """Return the time on the wire of all blocks from a token of the prompt on."""
+    num_bytes = (demand.num_tokens - sent_from_token) * second.candidate.worker.bytes_per_token
     return num_bytes / (wire.gb_per_s * 1e6)
 
 

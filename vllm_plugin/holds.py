@@ -1,10 +1,10 @@
-"""Blocks that two wait for: a request is let go when both have named it. Pure."""
+"""Blocks that two read or fill: a request is let go when both have named it. Pure."""
 
 from __future__ import annotations
 
 
 class Holds:
-    """Requests that have ended and whose blocks both a transfer and a tier need still."""
+    """Requests whose blocks both a transfer and a tier need still, or fill."""
 
     def __init__(self) -> None:
         self._twice: set[str] = set()
@@ -13,18 +13,18 @@ class Holds:
         """Note requests that both hold."""
         self._twice |= request_ids
 
-    def release(self, sent: set[str], stored: set[str]) -> set[str]:
+    def release(self, by_transfer: set[str], by_tier: set[str]) -> set[str]:
         """Return the requests that nobody holds any more, of those that a transfer or a tier lets go now."""
-        named = sent | stored
-        waiting = (sent ^ stored) & self._twice
+        named = by_transfer | by_tier
+        waiting = (by_transfer ^ by_tier) & self._twice
         self._twice -= named
         return named - waiting
 
 
 class Frees:
-    """What vLLM may be told to free, of requests that tiers load and store: each request once.
+    """What vLLM may be told to free, of requests that are filled from elsewhere and stored: each once.
 
-    vLLM frees the blocks of a request that was aborted while it was loaded when the load has ended.
+    vLLM frees the blocks of a request that was aborted while they were filled when that has ended.
     LMCache 0.5.6 names such a request as stored as well, before or after: the blocks would be free while they
     are filled, and an engine that is told twice ends.
     """

@@ -59,6 +59,8 @@ class KvlaneMetadata(KVConnectorMetadata):
     receives: list[Receive] = field(default_factory=list)
     held_twice: set[str] = field(default_factory=set)
     """Requests that have ended and whose blocks both a transfer and a tier need still."""
+    filled_twice: set[str] = field(default_factory=set)
+    """Requests whose blocks both a transfer and a tier fill."""
     tiers: Any = None
     """LMCache's own; None without tiers."""
 

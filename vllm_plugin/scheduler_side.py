@@ -77,6 +77,9 @@ class SchedulerSide:
         )
         self._group_index = compat.followed_group(kv_cache_config)
         self.transfer = TransferScheduler() if self._config.transfer_port else None
+        self._num_loaded: dict[str, int] = {}
+        """Tokens that tiers have promised, of requests that have no blocks yet."""
+        self._filled_twice: set[str] = set()
         self._held_twice: set[str] = set()
         self._frees = Frees()
         self._load: LoadTracker | None = None
@@ -111,7 +114,7 @@ class SchedulerSide:
             self._config,
             RedisIndexWriter(self._config),
             EngineContents(self.worker, ZmqEventSource(self._events, self._replay)),
-            lambda: self._with_measured(load.report()),
+            lambda: self._with_pace(load.report()),
             costs=self._times.costs,
         )
         self._publisher.start()
@@ -132,7 +135,7 @@ class SchedulerSide:
             self._loads.end(loaded)
             output.finished_sending = self._frees.release(sent, loaded)
 
-    def _with_measured(self, report: LoadReport) -> LoadReport:
+    def _with_pace(self, report: LoadReport) -> LoadReport:
         transfers, loads = self._pace.line(), self._loads.line()
         load = msgspec.structs.replace(
             report.load,
@@ -140,8 +143,6 @@ class SchedulerSide:
             transfer_latency_ms=round(transfers.latency_ms, 3),
             tier_gb_per_s=round(loads.gb_per_s, 3),
             tier_latency_ms=round(loads.latency_ms, 3),
-            # In sixteenths, so that an idle engine has no news to tell all the time.
-            prefill_share=round(16 * self._times.prefill_share()) / 16,
         )
         return msgspec.structs.replace(report, load=load)
 
@@ -157,23 +158,25 @@ class SchedulerSide:
         compat.report_new_copies_only(request)
         if self.transfer is not None:
             self.transfer.on_new_request(request)
-        if self.tiers is not None and not self._num_received(request, 0):
-            self.tiers.on_new_request(request)
+        if self.tiers is not None:
+            self.tiers.on_new_request(request, is_received=self._num_received(request, 0) > 0)
         if self._load is not None:
             self._load.add(request)
 
     def num_external_tokens(self, request: Request, num_computed_tokens: int) -> int | None:
         """Return how many tokens after the first `num_computed_tokens` come from elsewhere; None: ask again.
 
-        From one place only: a transfer brings all of the prompt that is missing, which no tier can exceed.
+        Leading tokens from the tiers, as many as they have and the plan allows; the rest of a prompt whose
+        other half is computed elsewhere comes from there.
         """
-        num_tokens = self._num_received(request, num_computed_tokens)
+        num_received = self._num_received(request, num_computed_tokens)
         if self.tiers is None:
-            return num_tokens
-        if num_tokens:
-            self.tiers.pass_over(request, num_computed_tokens)
-            return num_tokens
-        return self.tiers.num_external_tokens(request, num_computed_tokens)
+            return num_received
+        num_loaded = self.tiers.num_external_tokens(request, num_computed_tokens)
+        if num_loaded is None:
+            return None
+        self._num_loaded[request.request_id] = num_loaded
+        return max(num_received, num_loaded)
 
     def _num_received(self, request: Request, num_computed_tokens: int) -> int:
         if self.transfer is None:
@@ -182,13 +185,19 @@ class SchedulerSide:
 
     def on_alloc(self, request: Request, blocks: KVCacheBlocks, num_external_tokens: int) -> None:
         """Have the blocks filled that were allocated for what comes from elsewhere."""
+        request_id = request.request_id
+        num_loaded = min(self._num_loaded.pop(request_id, 0), num_external_tokens)
+        num_received = num_external_tokens - num_loaded
         if self.tiers is not None:
-            self.tiers.on_alloc(request, blocks, num_external_tokens)
-            if num_external_tokens and not self.tiers.is_passed_over(request.request_id):
-                self._frees.load(request.request_id)
-                self._loads.begin(request.request_id, num_external_tokens)
+            self.tiers.on_alloc(request, blocks, num_loaded)
+            if num_external_tokens:
+                self._frees.load(request_id)
+            if num_loaded and num_received:
+                self._filled_twice.add(request_id)
+            elif num_loaded:
+                self._loads.begin(request_id, num_loaded)
         if self.transfer is not None:
-            self.transfer.on_alloc(request, blocks.get_block_ids()[0], num_external_tokens)
+            self.transfer.on_alloc(request, blocks.get_block_ids()[0], num_received)
 
     def begin_step(self, output: SchedulerOutput) -> KvlaneMetadata:
         """Note what the engine computes next; return what the workers need to know of it."""
@@ -196,6 +205,7 @@ class SchedulerSide:
             self._times.begin(self._load.begin_step(output.num_scheduled_tokens))
         metadata = self.transfer.build_metadata(output) if self.transfer is not None else KvlaneMetadata()
         metadata.held_twice, self._held_twice = self._held_twice, set()
+        metadata.filled_twice, self._filled_twice = self._filled_twice, set()
         if self.tiers is not None:
             metadata.tiers = self.tiers.build_metadata(output)
         return metadata
@@ -215,6 +225,7 @@ class SchedulerSide:
         if self._load is not None:
             self._load.remove(request.request_id)
         self._loads.give_up(request.request_id)
+        self._num_loaded.pop(request.request_id, None)
         is_sent = self.transfer is not None and self.transfer.request_finished(request)
         is_stored, params = (
             self.tiers.request_finished(request, block_ids) if self.tiers is not None else (False, None)

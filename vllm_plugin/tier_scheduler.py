@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING, Any
 
 import structlog
 from lmcache.integration.vllm.lmcache_mp_connector import LMCacheMPConnector
+from lmcache.integration.vllm.lmcache_mp_metadata import LMCacheMPRequestState
 
 from kvindex.stores import LOAD_KEY
 from kvindex.worker import TierAccess
@@ -55,8 +56,6 @@ class TierScheduler:
         self._most_ahead_tokens = kv_cache_config.num_blocks * compat.block_size(kv_cache_config)
         self._ahead: dict[str, int] = {}
         """Tokens that the tiers were asked for before the request's turn, by request, until that comes."""
-        self._passed_over: set[str] = set()
-        """Requests that the child counts as having nothing in the tiers."""
         self._limits: dict[str, int | None] = {}
         """Leading tokens of a request for which the tiers may be read; None: all."""
 
@@ -72,15 +71,23 @@ class TierScheduler:
         """Have the server drop what nobody uses; return whether it did."""
         return bool(self._child.reset_cache())
 
-    def on_new_request(self, request: Request) -> None:
+    def on_new_request(self, request: Request, *, is_received: bool) -> None:
         """Note a request; with `lmcache.mp.eager_prefetch` its chunks come near while it waits.
 
         They take memory of the server until its turn comes: no more is asked for than the engine itself can
         hold.
+
+        Args:
+            request: as vLLM has it.
+            is_received: whether a transfer brings what the tiers do not have. The last token it does anyway.
         """
+        limit_tokens = load_limit(request.request_id, request.kv_transfer_params)
+        if is_received:
+            most_tokens = request.num_prompt_tokens - 1
+            limit_tokens = most_tokens if limit_tokens is None else min(limit_tokens, most_tokens)
+        self._limits[request.request_id] = limit_tokens
         if not self._may_load(request):
             return
-        limit_tokens = self._limits[request.request_id]
         num_tokens = min(request.num_prompt_tokens, limit_tokens or request.num_prompt_tokens)
         if sum(self._ahead.values()) + num_tokens <= self._most_ahead_tokens:
             self._ahead[request.request_id] = num_tokens
@@ -91,28 +98,18 @@ class TierScheduler:
 
         None: ask again.
         """
+        request_id = request.request_id
+        if (tracker := self._child.request_trackers.get(request_id)) is not None and _has_failed(tracker):
+            del self._child.request_trackers[request_id]
         if not self._may_load(request):
-            self.pass_over(request, num_computed_tokens)
+            # What it computes is stored all the same.
+            self._child._get_or_create_request_tracker(TierRequest(request))
             return 0
-        if request.request_id in self._passed_over:
-            # Nothing of the request is left in the engine: it begins anew.
-            self._forget(request.request_id)
         count, _ = self._child.get_num_new_matched_tokens(TierRequest(request), num_computed_tokens)
         if count is None:
             return None
-        self._ahead.pop(request.request_id, None)
+        self._ahead.pop(request_id, None)
         return int(count)
-
-    def pass_over(self, request: Request, num_computed_tokens: int) -> None:
-        """Note a request that loads nothing from the tiers; what it computes is stored."""
-        tracker = self._child._get_or_create_request_tracker(TierRequest(request))
-        aligned = self._child._hit_alignment_tokens
-        tracker.num_vllm_hit_tokens = num_computed_tokens // aligned * aligned
-        self._passed_over.add(request.request_id)
-
-    def is_passed_over(self, request_id: str) -> bool:
-        """Whether a request loads nothing from the tiers."""
-        return request_id in self._passed_over
 
     def on_alloc(self, request: Request, blocks: KVCacheBlocks, num_external_tokens: int) -> None:
         """Have a request's blocks filled, now that it has them."""
@@ -120,15 +117,9 @@ class TierScheduler:
 
     def build_metadata(self, output: SchedulerOutput) -> Any:  # noqa: ANN401 - LMCache's
         """Return what the workers need to know of a step."""
-        metadata = self._child.build_connector_meta(output)
-        num_computed = {
-            step.request_id: step.num_computed_tokens + step.num_scheduled_tokens
-            for step in compat.scheduled(output)
-        }
-        metadata.requests, early = split_early_stores(metadata.requests, num_computed)
-        for part in early:
-            self._child.request_trackers[part.request_id].num_stored_tokens = part.op.start
-        return metadata
+        for step in compat.scheduled(output):
+            tell_computed(self._child.request_trackers[step.request_id], step.num_computed_tokens)
+        return self._child.build_connector_meta(output)
 
     def update(self, output: KVConnectorOutput) -> None:
         """Take what the workers have to say."""
@@ -138,7 +129,6 @@ class TierScheduler:
         self, request: Request, block_ids: tuple[list[int], ...]
     ) -> tuple[bool, dict[str, Any] | None]:
         """Note the end of a request; return whether its blocks are needed, and what the client is told."""
-        self._passed_over.discard(request.request_id)
         self._limits.pop(request.request_id, None)
         self._ahead.pop(request.request_id, None)
         if request.request_id not in self._child.request_trackers:
@@ -157,13 +147,10 @@ class TierScheduler:
         return bool(self._child.has_pending_push_work())
 
     def _may_load(self, request: Request) -> bool:
-        """Return whether the tiers are to be asked for any token of a request, and keep for how many."""
+        """Return whether the tiers are to be asked for any token of a request."""
         if request.skip_reading_prefix_cache:
             return False
-        request_id = request.request_id
-        if request_id not in self._limits:
-            self._limits[request_id] = load_limit(request_id, request.kv_transfer_params)
-        limit_tokens = self._limits[request_id]
+        limit_tokens = self._limits[request.request_id]
         return limit_tokens is None or limit_tokens >= self.access.chunk_size
 
     def _limited(self, submit: Callable[..., None]) -> Callable[..., None]:
@@ -179,27 +166,25 @@ class TierScheduler:
 
         return submit_up_to_limit
 
-    def _forget(self, request_id: str) -> None:
-        self._passed_over.discard(request_id)
-        self._child.request_trackers.pop(request_id, None)
 
+def tell_computed(tracker: Any, num_computed_tokens: int) -> None:  # noqa: ANN401 - LMCache's
+    """Have LMCache know how far a request's blocks are filled before a step; it stores no more than that.
 
-def split_early_stores(parts: list[Any], num_computed: Mapping[str, int]) -> tuple[list[Any], list[Any]]:
-    """Return LMCache's orders of a step, and apart from them stores of what the step does not complete.
-
-    After a load that was refused or failed, LMCache counts what was promised as if it had come; so stored, a
-    chunk would be wrong for everyone after.
-
-    Args:
-        parts: loads and stores (`LMCacheMPRequestMetadata`).
-        num_computed: by request, leading tokens that are in its blocks when the step is done.
+    It counts what it was promised as if it had come, and knows nothing of transfers. After a load that was
+    refused or failed, a chunk stored by that count would be wrong for everyone after; and what another
+    engine has sent would not be stored.
     """
-    early = [
-        part
-        for part in parts
-        if part.direction == "STORE" and part.op.end > num_computed.get(part.request_id, part.op.end)
-    ]
-    return [part for part in parts if part not in early], early
+    assumed_tokens = max(tracker.num_vllm_hit_tokens, tracker.num_lmcache_hit_tokens)
+    tracker.num_scheduled_tokens = num_computed_tokens - assumed_tokens
+
+
+def _has_failed(tracker: Any) -> bool:  # noqa: ANN401 - LMCache's
+    """Whether a transfer was to fill a request's blocks, and nothing of it is left.
+
+    vLLM asks about such a request anew. LMCache takes that for one it is done with, and would promise what it
+    never loads.
+    """
+    return tracker.state is LMCacheMPRequestState.READY and not tracker.num_lmcache_hit_tokens
 
 
 def load_limit(request_id: str, params: Mapping[str, Any] | None) -> int | None:

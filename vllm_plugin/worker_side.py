@@ -44,6 +44,7 @@ class WorkerSide:
         self._missing: set[int] = set()
         self._moved: list[Moved] = []
         self._holds = Holds()
+        self._fills = Holds()
 
     def _tiers(self) -> TierWorker | None:
         if not self._config.tiers:
@@ -86,6 +87,7 @@ class WorkerSide:
     def begin_step(self, metadata: KvlaneMetadata) -> None:
         """Heed a step's news, before the step writes to any block."""
         self._holds.add(metadata.held_twice)
+        self._fills.add(metadata.filled_twice)
         if self.tiers is not None:
             self.tiers.begin_step(metadata.tiers)
         if self._mover is None:
@@ -143,7 +145,7 @@ class WorkerSide:
         if self.tiers is None:
             return sent, received
         stored, loaded = self.tiers.take_finished(finished_request_ids)
-        return self._holds.release(sent, stored), received | loaded
+        return self._holds.release(sent, stored), self._fills.release(received, loaded)
 
     def _take_transferred(self, finished_request_ids: set[str]) -> tuple[set[str], set[str]]:
         if self._mover is None:

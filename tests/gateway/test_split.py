@@ -6,7 +6,8 @@ import pytest
 from gateway.plan import Candidate, Demand, plan
 from gateway.profile import Profile
 from gateway.split import KEPT_TWICE, Wire, best_split, whole
-from kvindex.worker import Load, Role, WorkerState
+from gateway.tiers import TierPart, TierSpeed
+from kvindex.worker import Load, Role, Tier, WorkerState
 from tests.support.workers import make_worker
 
 WIRE = Wire(gb_per_s=1.0, latency_ms=1.0)
@@ -27,6 +28,7 @@ def candidate(
     waiting: int = 0,
     prompts: float = 0.0,
     step_ms: float = 0.0,
+    tiers: tuple[TierPart, ...] = (),
 ) -> Candidate:
     load = Load(
         waiting_prefill_tokens=backlog,
@@ -46,6 +48,7 @@ def candidate(
         state=WorkerState(slot=0, load=load, charged_tokens=0, charged_requests=0),
         role=role,
         overlap_blocks=overlap,
+        tiers=tiers,
         profile=Profile(prefill_tokens_per_s=10_000, step_ms=step_ms),
     )
 
@@ -93,6 +96,39 @@ def test_blocks_that_the_decode_worker_has_are_not_on_the_wire():
     without = split(prefill, candidate("d:1", Role.DECODE, running=600))
     with_half = split(prefill, candidate("d:1", Role.DECODE, running=600, overlap=250))
     assert with_half.terms.transfer_ms == pytest.approx(without.terms.transfer_ms / 2, rel=0.01)
+
+
+def held(*ends: int, gb_per_s: float, latency_ms: float = 0.0) -> tuple[TierPart, ...]:
+    """Return parts of a prompt, one behind the other, up to these tokens, each in a store of its own."""
+    speed = TierSpeed(gb_per_s=gb_per_s, latency_ms=latency_ms)
+    return tuple(
+        TierPart(
+            store=f"disk-{end}", tier=Tier.DISK, first_token=first, end_token=end, speed=speed, known=speed
+        )
+        for first, end in itertools.pairwise((0, *ends))
+    )
+
+
+def test_what_the_decode_workers_tiers_bring_in_time_is_not_sent():
+    """200 MB of 800 are read while the prompt is computed: 100 ms at 2 GB/s."""
+    prefill = candidate("p:1", Role.PREFILL, overlap=400)
+    tiers = held(2_048, gb_per_s=2.0)
+    found = split(prefill, candidate("d:1", Role.DECODE, running=600, tiers=tiers))
+    assert (found.sent_from_token, found.decode_limit_tokens) == (2_048, None)
+    assert found.terms.transfer_ms == pytest.approx(1 + (800 - 204.8))
+
+
+def test_tiers_that_would_be_late_are_not_read():
+    prefill = candidate("p:1", Role.PREFILL)
+    slow = split(prefill, candidate("d:1", Role.DECODE, running=600, tiers=held(2_048, gb_per_s=0.1)))
+    assert (slow.sent_from_token, slow.decode_limit_tokens) == (0, 0)
+    assert slow.terms == split(prefill, candidate("d:1", Role.DECODE, running=600)).terms
+    # The first part comes within 205 ms, both of them come too late.
+    both = held(2_048, 4_096, gb_per_s=1.0, latency_ms=600.0)
+    partly = split(prefill, candidate("d:1", Role.DECODE, running=600, tiers=both))
+    assert (partly.sent_from_token, partly.decode_limit_tokens) == (2_048, 2_048)
+    none = split(prefill, candidate("d:1", Role.DECODE, running=600))
+    assert (none.sent_from_token, none.decode_limit_tokens) == (0, None)
 
 
 def test_the_wire_works_while_the_prompt_is_computed():

@@ -13,6 +13,7 @@ from typing import NamedTuple
 
 import pytest
 
+from connectors.params import new_transfer_id
 from kvindex.blocks import Pool
 from kvindex.chunks import chunk_blocks, chunk_pool, hash_chunks
 from kvindex.config import index_config
@@ -21,16 +22,10 @@ from kvindex.stores import LOAD_KEY
 from kvindex.worker import Tier
 from tests.support.cli import kvlane
 from tests.support.lora_adapter import make_adapter
-from tests.support.ports import free_port_pair, free_ports
-from tests.support.tiers import (
-    BUCKET,
-    S3Server,
-    TierEngine,
-    TierNode,
-    environment,
-    s3_server,
-    tier_node,
-)
+from tests.support.pair import Pair, TransferEngine
+from tests.support.ports import adjacent_ports, free_port_pair, free_ports
+from tests.support.s3_faults import FORBIDDEN, FaultyS3, faulty_s3_server
+from tests.support.tiers import BUCKET, TierEngine, TierNode, environment, tier_node
 from tests.support.vllm_engine import BLOCK_SIZE, MODEL_NAME, start_engine, tiny_model
 from tests.support.waiting import eventually
 
@@ -46,6 +41,11 @@ PATIENT = {"lmcache.mp.heartbeat_interval": 5, "lmcache.mp.mq_timeout": 10}
 draw = random.Random(11)
 
 
+def settings(transfer_port: int) -> dict[str, object]:
+    transfer = {"transfer_port": transfer_port, "transfer_metrics_port": transfer_port + 1, "lease_s": 60}
+    return {**PATIENT, **{f"kvlane.{name}": value for name, value in transfer.items()}}
+
+
 def prompt(num_tokens: int) -> list[int]:
     return [draw.randrange(100, 1_000) for _ in range(num_tokens)]
 
@@ -56,7 +56,9 @@ class Fleet(NamedTuple):
     first: TierEngine
     second: TierEngine
     disk: Path
-    s3: S3Server
+    s3: FaultyS3
+    transfer: Pair
+    """The same engines: the second prefills for the first."""
 
     def files(self) -> list[Path]:
         return sorted(self.disk.glob("*.data"))
@@ -72,7 +74,7 @@ def fleet(redis_server: str, tmp_path_factory: pytest.TempPathFactory) -> Iterat
     lora += [f"{name}={folder / name}" for name in ("one", "two")]
     ports = free_ports(2)
     with ExitStack() as stack, ThreadPoolExecutor(2) as pool:
-        s3 = stack.enter_context(s3_server())
+        s3 = stack.enter_context(faulty_s3_server())
         bucket = f"s3=s3://{BUCKET}/{PREFIX}?endpoint={s3.url}"
         first = TierNode(free_port_pair())
         stack.callback(first.stop)
@@ -84,6 +86,8 @@ def fleet(redis_server: str, tmp_path_factory: pytest.TempPathFactory) -> Iterat
             f"cpu=256MiB,disk={folder / 'disk'}:1GB,{bucket},port={first.port}",
             f"lmcache={second.address},api=127.0.0.1:{second.port + 1}",
         )
+        transfer_port = adjacent_ports(4)
+        transfer_ports = (transfer_port, transfer_port + 2)
         starts = [
             pool.submit(
                 stack.enter_context,
@@ -91,15 +95,25 @@ def fleet(redis_server: str, tmp_path_factory: pytest.TempPathFactory) -> Iterat
                     port,
                     *("--tiers", spec, "--max-num-batched-tokens", "1024", *lora),
                     *("--max-num-seqs", str(MOST_RUNNING)),
-                    *("--kv-transfer-config", json.dumps({"kv_connector_extra_config": PATIENT})),
+                    *("--kv-transfer-config", json.dumps({"kv_connector_extra_config": settings(transfer)})),
                     command=("kvlane", "serve"),
-                    env=environment(redis_server),
+                    env={**environment(redis_server), "UCX_TLS": "tcp,self"},
                 ),
             )
-            for port, spec in zip(ports, tiers, strict=True)
+            for port, transfer, spec in zip(ports, transfer_ports, tiers, strict=True)
         ]
         engines = [start.result() for start in starts]
-        yield Fleet(TierEngine(engines[0], first), TierEngine(engines[1], second), folder / "disk", s3)
+        decode, prefill = (
+            TransferEngine(engine, port, port + 1)
+            for engine, port in zip(engines, transfer_ports, strict=True)
+        )
+        yield Fleet(
+            TierEngine(engines[0], first),
+            TierEngine(engines[1], second),
+            folder / "disk",
+            s3,
+            Pair(prefill, decode),
+        )
 
 
 async def stored(fleet: Fleet, prompts: list[list[int]], **fields: object) -> list[list[int]]:
@@ -223,6 +237,9 @@ async def test_a_prompt_is_loaded_no_further_than_told(fleet: Fleet):
             assert await loaded(engine, [tokens], kv_transfer_params=params) == ([computed], num_hit_tokens)
 
 
+BYTES_PER_BLOCK = BLOCK_SIZE * 4 * 2 * 2 * 32 * 2
+RECEIVED = "kvlane_transfer_moved_bytes_total{role=receive}"
+
 OWNERS = [{}, {"model": "one"}, {"model": "two"}, {"cache_salt": "a"}, {"model": "one", "cache_salt": "a"}]
 
 
@@ -328,6 +345,100 @@ async def test_damaged_and_missing_objects_are_computed(fleet: Fleet):
     assert await loaded(fleet.second, prompts) == (computed, CHUNK)
 
 
+async def split(fleet: Fleet, tokens: list[int], peer: str = "", **told: int) -> tuple[list[int], int]:
+    """Have the second engine prefill for the first; return the output, and how many blocks were sent.
+
+    Args:
+        fleet: whose first engine has nothing of the prompt in its own cache.
+        tokens: the prompt.
+        peer: who is to send, if not the second engine.
+        told: what else the first engine is told in its `kv_transfer_params`.
+    """
+    prefill, decode = fleet.transfer.prefill, fleet.transfer.decode
+    before = (await decode.metrics())[RECEIVED]
+    send = {"transfer_id": new_transfer_id(), "role": "send"}
+    receive = {**send, "role": "receive", "peer": peer or prefill.peer}
+    answer = asyncio.create_task(decode.complete(tokens, 8, kv_transfer_params={"kvlane": receive, **told}))
+    if not peer:
+
+        async def has_looked_up() -> bool:
+            return (await decode.metrics())["kvlane_transfer_live{role=receive}"] > 0
+
+        # Before the other stores what it computes in the bucket, where the first would find it.
+        await eventually(has_looked_up, PATIENCE_S)
+        await prefill.complete(tokens, 1, kv_transfer_params={"kvlane": send})
+    output = await answer
+    num_bytes = (await decode.metrics())[RECEIVED] - before
+    return output, round(num_bytes / BYTES_PER_BLOCK)
+
+
+async def test_what_tiers_have_of_a_split_prompt_is_not_sent_and_the_rest_is_stored(fleet: Fleet):
+    start = prompt(2 * CHUNK)
+    await stored(fleet, [start])
+    await fleet.first.forget()
+    tokens = start + prompt(2 * CHUNK + 40)
+    num_files, before = len(fleet.files()), await fleet.first.num_hit_tokens()
+    output, num_sent_blocks = await split(fleet, tokens)
+    assert num_sent_blocks == 2 * CHUNK // BLOCK_SIZE + 2
+    assert await fleet.first.num_hit_tokens() - before == 4 * CHUNK + 40
+    assert [output] == await fleet.second.complete_all([tokens], cache_salt="whole")
+    # The first engine computed none of it, and has all of it on its disk.
+    await eventually(lambda: len(fleet.files()) == num_files + 2, PATIENCE_S)
+    fleet.first.node.clear_memory()
+    assert await loaded(fleet.first, [tokens]) == ([output], 4 * CHUNK)
+
+
+async def test_a_split_request_reads_tiers_as_far_as_it_is_told(fleet: Fleet):
+    start = prompt(3 * CHUNK)
+    await stored(fleet, [start])
+    tokens = start + prompt(40)
+    outputs = []
+    for limit_tokens in (0, CHUNK, 2 * CHUNK + 1):
+        await fleet.first.forget()
+        output, num_sent_blocks = await split(fleet, tokens, **{LOAD_KEY: limit_tokens})
+        assert num_sent_blocks == (3 * CHUNK - limit_tokens // CHUNK * CHUNK) // BLOCK_SIZE + 2
+        outputs.append(output)
+    assert outputs == 3 * await fleet.second.complete_all([tokens], cache_salt="whole")
+
+
+async def test_a_split_prompt_of_whole_chunks_ends_on_the_wire(fleet: Fleet):
+    tokens = prompt(2 * CHUNK)
+    computed = await stored(fleet, [tokens])
+    await fleet.first.forget()
+    assert await split(fleet, tokens) == (computed[0], CHUNK // BLOCK_SIZE)
+
+
+async def test_what_tiers_have_is_used_where_nobody_sends_the_rest(fleet: Fleet):
+    start = prompt(2 * CHUNK)
+    await stored(fleet, [start])
+    tokens = start + prompt(CHUNK + 40)
+    await fleet.first.forget()
+    num_files = len(fleet.files())
+    output, num_sent_blocks = await split(fleet, tokens, peer=f"127.0.0.1:{free_ports(1)[0]}")
+    assert num_sent_blocks == 0
+    assert [output] == await fleet.second.complete_all([tokens], cache_salt="whole")
+    await eventually(lambda: len(fleet.files()) == num_files + 1, PATIENCE_S)
+    fleet.first.node.clear_memory()
+    assert await loaded(fleet.first, [tokens]) == ([output], 3 * CHUNK)
+
+
+async def test_split_requests_that_are_aborted_leave_nothing_in_use(fleet: Fleet):
+    starts = [prompt(2 * CHUNK) for _ in range(6)]
+    await stored(fleet, starts)
+    fleet.first.node.clear_memory()
+    await fleet.first.forget()
+    tasks = [
+        asyncio.create_task(fleet.transfer.complete(start + prompt(2 * CHUNK + 9), 200)) for start in starts
+    ]
+    for task in tasks:
+        await asyncio.sleep(0.05)
+        task.cancel()
+    await asyncio.gather(*tasks, return_exceptions=True)
+    await eventually(fleet.transfer.prefill.is_clean, PATIENCE_S)
+    await eventually(fleet.transfer.decode.is_clean, PATIENCE_S)
+    await fleet.first.forget()  # refused while a block is in use
+
+
 async def test_a_server_that_is_killed_costs_hits_and_no_answers(fleet: Fleet):
     prompts = [prompt(2 * CHUNK + 5) for _ in range(4)]
     computed = await stored(fleet, prompts)
@@ -359,6 +470,16 @@ async def test_requests_that_are_aborted_leave_nothing_in_use(fleet: Fleet):
     await fleet.first.forget()  # refused while a block is in use
 
 
+def test_chunks_of_a_server_that_do_not_fit_are_refused_before_an_engine_starts(fleet: Fleet):
+    node = fleet.second.node
+    spec = f"lmcache={node.address},api=127.0.0.1:{node.port + 1}"
+    refused = kvlane("serve", "no-model", "--block-size", "48", "--tiers", spec)
+    assert refused.returncode == 2
+    assert refused.stderr.strip() == (
+        "--tiers: chunks of 256 tokens are not whole blocks of 48: set chunk= to a multiple"
+    )
+
+
 async def test_tiers_are_warmed_and_emptied_by_command(fleet: Fleet, tmp_path: Path):
     prompts = [prompt(2 * CHUNK + 5) for _ in range(3)]
     file = tmp_path / "prompts.jsonl"
@@ -377,6 +498,24 @@ async def test_tiers_are_warmed_and_emptied_by_command(fleet: Fleet, tmp_path: P
     assert (fleet.files(), fleet.s3.keys(PREFIX)) == ([], [])
     _, num_tokens = await loaded(fleet.first, prompts)
     assert num_tokens == 0
+
+
+async def test_a_bucket_that_refuses_is_left_alone_and_comes_back_by_itself(fleet: Fleet):
+    prompts = [prompt(2 * CHUNK + 5) for _ in range(2)]
+    computed = await stored(fleet, prompts)
+    node = fleet.second.node
+    with fleet.s3.failing(FORBIDDEN):
+        assert await loaded(fleet.second, prompts) == (computed, 0)
+        assert node.is_off("s3")
+
+    async def is_back() -> bool:
+        node.clear_memory()
+        outputs, num_tokens = await loaded(fleet.second, prompts)
+        assert outputs == computed
+        return num_tokens == 2 * 2 * CHUNK
+
+    await eventually(is_back, PATIENCE_S)
+    assert not node.is_off("s3")
 
 
 async def test_a_bucket_that_is_gone_switches_itself_off(fleet: Fleet):

@@ -58,3 +58,17 @@ def test_blocks_are_read_behind_the_work_that_fills_them(monkeypatch: pytest.Mon
         call("id", [4, 5], 32, "before the step"),
         call("id", [4, 5], 64, "behind the step"),
     ]
+
+
+def test_blocks_that_a_transfer_and_a_tier_fill_are_filled_when_both_say_so():
+    side, mover, tiers = worker_side(FULL), Mock(), Mock()
+    side._mover, side.tiers = mover, tiers
+    mover.take_moved.return_value = []
+    side.begin_step(KvlaneMetadata(filled_twice={"both"}))
+    steps = [({"both": {7}, "received": set()}, {"loaded"}), ({}, {"both"})]
+    filled = []
+    for received, loaded in steps:
+        mover.take_ended.return_value = ({}, received)
+        tiers.take_finished.return_value = (set(), loaded)
+        filled.append(side.take_finished(set())[1])
+    assert filled == [{"received", "loaded"}, {"both"}]
