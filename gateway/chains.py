@@ -30,7 +30,7 @@ class Chain(msgspec.Struct, frozen=True, kw_only=True, gc=False):
     """Packed hashes of every `stride`-th block, as the index knows them."""
     contents: bytes
     """The same without LoRA name and salt: equal tokens are equal here. It stays in this process: with it,
-    guesses of salted content could be tested."""
+    guesses of salted content could be tested. Empty where nobody compares them."""
     salt_mark: BlockHash
     """Tells two salts apart; stays in this process, too."""
     overlap_stride: int = 1

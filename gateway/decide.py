@@ -192,8 +192,8 @@ class KvRouter:
     async def overlaps(
         self, path: str, body: bytes
     ) -> tuple[ReadRequest, tuple[Choice, ...], tuple[Chain, ...]]:
-        """Return the prompts in `body`, every worker that could serve them and the chain that was looked up;
-        charges nothing.
+        """Return the prompts in `body`, every worker that could serve them and the chains that were
+        looked up; charges nothing.
 
         Raises:
             RequestError: the prompts cannot be read.
@@ -205,7 +205,7 @@ class KvRouter:
             raise RequestError(400, f"{path} carries no prompt that is understood.")
         demand = demand_of(HttpRequest("POST", path, {}, body), read.model, read)
         found = await self._lookup.find(demand, self._served(read.model), read)
-        return read, plan(demand, found.candidates, seed=0), found.chains
+        return read, plan(demand, found.candidates, seed=0), found.chains + found.chunk_chains
 
     async def _decide(self, request: HttpRequest, receipt: Receipt) -> Decision:
         if not self._fleet.addresses:
@@ -285,6 +285,7 @@ class KvRouter:
             receipt.fallback = receipt.fallback or "index_unavailable"
             return _Planned()
         receipt.excluded, receipt.chains = found.excluded, found.chains
+        receipt.chunk_chains = found.chunk_chains
         with _step(receipt, "plan"):
             foreseen = self._reserver.foreseen(found.candidates, found.prompts)
             choices = plan(demand, foreseen, seed=int(receipt.decision_id, 16))

@@ -13,7 +13,7 @@ from gateway.fleet import Fleet, PoolView
 from gateway.plan import Candidate, Demand, obstacle
 from gateway.profile import Profile
 from gateway.rates import SETTINGS, Rates
-from gateway.tier_lookup import Runs, TierLookup
+from gateway.tier_lookup import InTiers, Runs, TierLookup
 from gateway.tiers import TierSpeeds
 from gateway.tokens.models import ServedModel
 from gateway.tokens.request import Prompt, ReadRequest
@@ -31,6 +31,8 @@ class Found:
     excluded: dict[str, str]
     chains: tuple[Chain, ...] = ()
     """The prompt that was looked up, in each pool."""
+    chunk_chains: tuple[Chain, ...] = ()
+    """The same in each pool of chunks, of which tiers keep some."""
     prompts: Mapping[Pool, Sequence[BlockHash]] = field(default_factory=dict)
     """Hashes of its blocks, all of them."""
 
@@ -89,7 +91,7 @@ class Lookup:
         self._fleet = fleet
         self._rates = rates
         self._speeds = speeds
-        self._tiers = TierLookup(index, fleet)
+        self._tiers = TierLookup(index, fleet, max_hashes=max_hashes)
         self._max_hashes = max_hashes
 
     async def find(self, demand: Demand, served: ServedModel, read: ReadRequest | None) -> Found:
@@ -106,23 +108,24 @@ class Lookup:
         reaching = asyncio.gather(
             *(self._find_in(view.pool, demand, served.lora_name, read) for view in views)
         )
-        found, runs = await asyncio.gather(reaching, self._find_in_tiers(views, served.lora_name, read))
+        found, in_tiers = await asyncio.gather(reaching, self._find_in_tiers(views, served.lora_name, read))
         return Found(
             candidates=tuple(
-                self._with_tiers(candidate, runs) for each in found for candidate in each.candidates
+                self._with_tiers(candidate, in_tiers.runs) for each in found for candidate in each.candidates
             ),
             excluded={name: reason for each in found for name, reason in each.excluded.items()},
             chains=tuple(chain for each in found for chain in each.chains),
+            chunk_chains=in_tiers.chains,
             prompts={pool: hashes for each in found for pool, hashes in each.prompts.items()},
         )
 
     async def _find_in_tiers(
         self, views: Iterable[PoolView], lora_name: str | None, read: ReadRequest | None
-    ) -> Runs:
+    ) -> InTiers:
         workers = (each.worker for view in views for each in view.workers.values())
         accesses = {worker.tiers for worker in workers if worker.tiers is not None}
         if read is None or not accesses:
-            return {}
+            return InTiers({}, ())
         return await self._tiers.find(accesses, longest_prompt(read), lora_name, read.cache_salt)
 
     async def _find_in(
@@ -162,7 +165,7 @@ class Lookup:
             )
             for each in workers
         )
-        return Found(candidates, excluded, chains, {pool: hashes})
+        return Found(candidates, excluded, chains, prompts={pool: hashes})
 
     def _candidate(
         self,

@@ -25,7 +25,7 @@ RECEIPT_BYTES = 2_048
 CANDIDATE_BYTES = 1_024
 """What a receipt takes beside its hashes, and each worker in it, measured and rounded up."""
 
-_VIEWED_APART = frozenset({"choices", "chains", "split"})
+_VIEWED_APART = frozenset({"choices", "chains", "chunk_chains", "split"})
 
 
 class Receipt(msgspec.Struct, kw_only=True):
@@ -49,6 +49,8 @@ class Receipt(msgspec.Struct, kw_only=True):
     max_output_tokens: int | None = None
     chains: tuple[Chain, ...] = ()
     """The prompt that was looked up, in each pool."""
+    chunk_chains: tuple[Chain, ...] = ()
+    """The same in each pool of chunks, of which tiers keep some."""
     choices: tuple[Choice, ...] = ()
     """Every candidate, best first; empty where the index was not asked."""
     split: Split | None = None
@@ -70,7 +72,8 @@ class Receipt(msgspec.Struct, kw_only=True):
     @property
     def num_bytes(self) -> int:
         """Memory that it takes, about."""
-        num_hash_bytes = sum(len(chain.hashes) + len(chain.contents) for chain in self.chains)
+        chains = self.chains + self.chunk_chains
+        num_hash_bytes = sum(len(chain.hashes) + len(chain.contents) for chain in chains)
         num_workers = len(self.choices) + len(self.excluded)
         num_text_bytes = len(self.request_id) + len(self.path)
         return RECEIPT_BYTES + num_text_bytes + num_hash_bytes + CANDIDATE_BYTES * num_workers
@@ -116,6 +119,7 @@ def _view_split(split: Split) -> dict[str, Any]:
     return {
         "prefill": split.prefill.candidate.worker.worker_id,
         "decode": split.decode.candidate.worker.worker_id,
+        "sent_from_token": split.sent_from_token,
         "terms": msgspec.to_builtins(split.terms),
         "ttft_ms": split.terms.ttft_ms,
     }

@@ -215,7 +215,7 @@ def _view_prompt(receipt: Receipt) -> dict[str, Any]:
         "worker": receipt.chosen,
         "prompt_tokens": receipt.prompt_tokens,
         "matched_tokens": receipt.matched_tokens,
-        "chains": [_view_chain(chain) for chain in receipt.chains],
+        "chains": [_view_chain(chain) for chain in receipt.chains + receipt.chunk_chains],
     }
 
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 
+import msgspec
 import pytest
 
 from gateway import metrics
@@ -11,6 +12,7 @@ from gateway.admin.why import Memory, explain
 from gateway.config import GatewayConfig
 from gateway.decision import End, Served
 from gateway.probe import ModelCard, worker_client
+from kvindex.blocks import unpack_hashes
 from kvindex.chunks import chunk_blocks, chunk_salt, hash_chunks
 from kvindex.errors import IndexUnavailable
 from kvindex.stores import LOAD_KEY, Store, StoreSpeed
@@ -233,3 +235,15 @@ async def test_why_says_what_tiers_had_and_what_the_plan_made_of_it(make):
         (line,) = finding.tiers
         assert line.startswith("320 tokens in s3://b (object), ")
         assert line.endswith(made)
+
+
+async def test_receipts_keep_the_hashes_of_chunks(bench):
+    """For the heatmap; an eighth of what they keep of blocks, and counted like these."""
+    await bench.join("a:1", tiers=access("a/cpu"))
+    store = await keep(bench, "a/cpu", Tier.CPU)
+    receipt = bench.receipt(await bench.decide())
+    [chain] = receipt.chunk_chains
+    assert (chain.pool, chain.contents) == (store.pool, b"")
+    assert unpack_hashes(chain.hashes) == chunk_blocks(hash_chunks(PROMPT, CHUNK), chunk_salt(None, None), 1)
+    without = msgspec.structs.replace(receipt, chunk_chains=())
+    assert receipt.num_bytes == without.num_bytes + len(chain.hashes)

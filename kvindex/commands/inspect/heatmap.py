@@ -1,4 +1,4 @@
-"""`kvlane inspect heatmap`: who holds how much of recent prompts, by depth."""
+"""`kvlane inspect heatmap`: who holds how much of recent prompts, by depth: workers, and tiers."""
 
 from __future__ import annotations
 
@@ -13,6 +13,7 @@ from rich.console import Group, RenderableType
 from rich.text import Text
 
 from kvindex.blocks import BlockHash, Pool
+from kvindex.chunks import CHUNK_SCHEME
 from kvindex.commands.inspect.admin_api import Chain, ask, ask_about_prompt, read_chains
 from kvindex.commands.inspect.decisions import PromptModel
 from kvindex.commands.inspect.options import (
@@ -27,7 +28,7 @@ from kvindex.commands.inspect.options import (
 from kvindex.commands.inspect.tables import table
 from kvindex.errors import ConfigError
 from kvindex.index import IndexReader
-from kvindex.worker import RegisteredWorker, Tier
+from kvindex.worker import Tier
 
 BLOCKS_PER_COLUMN = 256
 """Most distinct blocks that stand for a column: one call of well under a millisecond."""
@@ -40,18 +41,24 @@ SHADES = " ·░▒▓█"
 
 
 class Row(msgspec.Struct, frozen=True, kw_only=True):
-    """A worker's tier: its share of the blocks of each column."""
+    """Who holds which share of the blocks of each column."""
 
-    worker: str
+    holder: str
+    """A worker, or a store outside the engines."""
     tier: Tier
     shares: list[float]
 
 
 class Heatmap(msgspec.Struct, frozen=True, kw_only=True):
-    """One pool. Column i is about prefixes of more than `depths_blocks[i]` blocks, up to the next."""
+    """One pool, of workers' blocks or of stores' chunks, which are called blocks here.
+
+    Column i is about prefixes of more than `depths_blocks[i]` blocks, up to the next.
+    """
 
     pool_id: str
     model: str
+    what: str
+    """What is counted: blocks, or chunks."""
     block_size: int
     num_prompts: int
     depths_blocks: list[int]
@@ -71,13 +78,13 @@ def heatmap(
     model: PromptModel = None,
     prompts: Annotated[int, typer.Option(min=1, max=1000, help="Latest prompts to look at.")] = 200,
     columns: Annotated[int, typer.Option(min=1, max=64, help="Ranges of depth.")] = 24,
-    rows: Annotated[int, typer.Option(min=1, help="Most workers shown; JSON and PNG have all.")] = 40,
+    rows: Annotated[int, typer.Option(min=1, help="Most rows of a table; JSON and PNG have all.")] = 40,
     png: Annotated[Path | None, typer.Option(help="Write a picture there.")] = None,
     redis_url: RedisUrl = DEFAULT_REDIS,
     admin: AdminUrl = DEFAULT_ADMIN,
     as_json: AsJson = False,
 ) -> None:
-    """Show which share of the blocks of recent prompts each worker holds, by depth in the prompt.
+    """Show which share of recent prompts each worker and each tier holds, by depth in the prompt.
 
     The index knows hashes and not depths. Depths come from the gateway's latest requests, of which it keeps
     hashes and counts, or from a prompt that you give.
@@ -98,26 +105,27 @@ async def _read(redis_url: str, chains: Sequence[Chain], num_columns: int) -> li
     async with index_reader(redis_url) as reader:
         return [
             await look_up(reader, pool, ours, num_columns)
-            for pool in await reader.pools()
+            for pool in (*await reader.pools(), *await reader.chunk_pools())
             if (ours := [chain for chain in chains if chain.pool_id == pool.pool_id])
         ]
 
 
 async def look_up(reader: IndexReader, pool: Pool, chains: Sequence[Chain], num_columns: int) -> Heatmap:
-    """Return how much of `chains`, prompts in `pool`, each live worker holds."""
+    """Return how much of `chains`, prompts in `pool`, each live worker or store holds."""
     depths = _depths(max(chain.stride * len(chain.hashes) for chain in chains), num_columns)
     columns = [_sample(blocks) for blocks in _by_column(chains, depths)]
-    _, workers = await reader.workers(pool)
+    slots = await _slots(reader, pool)
     held = [await reader.holders_of(pool, blocks) for blocks in columns]
-    rows = [_row(each, held) for each in workers]
+    rows = [_row(holder, tier, ours, held) for (holder, tier), ours in slots.items()]
     return Heatmap(
         pool_id=pool.pool_id,
         model=pool.model,
+        what="chunks" if pool.scheme == CHUNK_SCHEME else "blocks",
         block_size=pool.block_size,
         num_prompts=len(chains),
         depths_blocks=depths,
         num_blocks=[len(blocks) for blocks in columns],
-        rows=sorted(rows, key=lambda row: (-sum(row.shares), row.worker)),
+        rows=sorted(rows, key=lambda row: (-sum(row.shares), row.holder)),
     )
 
 
@@ -141,10 +149,21 @@ def _sample(blocks: Sequence[BlockHash]) -> list[BlockHash]:
     return list(blocks[::step])
 
 
-def _row(registered: RegisteredWorker, held: Sequence[dict[BlockHash, tuple[int, ...]]]) -> Row:
-    counts = [sum(registered.slot in slots for slots in column.values()) for column in held]
+async def _slots(reader: IndexReader, pool: Pool) -> dict[tuple[str, Tier], set[int]]:
+    """Return everyone who holds blocks of a pool; several may tell of one store."""
+    if pool.scheme != CHUNK_SCHEME:
+        _, workers = await reader.workers(pool)
+        return {(each.worker.worker_id, Tier.DEVICE): {each.slot} for each in workers}
+    found: dict[tuple[str, Tier], set[int]] = {}
+    for each in (await reader.stores(pool))[1]:
+        found.setdefault((each.store.name, each.store.tier), set()).add(each.slot)
+    return found
+
+
+def _row(holder: str, tier: Tier, ours: set[int], held: Sequence[dict[BlockHash, tuple[int, ...]]]) -> Row:
+    counts = [sum(not ours.isdisjoint(slots) for slots in column.values()) for column in held]
     shares = [count / len(column) if column else 0.0 for count, column in zip(counts, held, strict=True)]
-    return Row(worker=registered.worker.worker_id, tier=Tier.DEVICE, shares=shares)
+    return Row(holder=holder, tier=tier, shares=shares)
 
 
 def draw(found: Sequence[Heatmap], file: Path) -> None:
@@ -173,14 +192,14 @@ def draw(found: Sequence[Heatmap], file: Path) -> None:
             cmap="viridis",
             extent=(0, each.depths_blocks[-1] * each.block_size, len(each.rows) - 0.5, -0.5),
         )
-        axis.set_title(f"{each.model}: share of the blocks of {each.num_prompts:,} prompts", loc="left")
+        axis.set_title(f"{each.model}: share of the {each.what} of {each.num_prompts:,} prompts", loc="left")
         axis.set_xlabel("depth in the prompt, tokens")
         if 0.22 * len(each.rows) <= TALLEST_INCHES:
             axis.set_yticks(
-                range(len(each.rows)), [f"{row.worker} {row.tier}" for row in each.rows], fontsize=7
+                range(len(each.rows)), [f"{row.holder} {row.tier}" for row in each.rows], fontsize=7
             )
         else:
-            axis.set_ylabel(f"{len(each.rows):,} workers, by what they hold")
+            axis.set_ylabel(f"{len(each.rows):,} holders, by what they hold")
         figure.colorbar(image, ax=axis, label="share held", aspect=30, pad=0.01)
     try:
         figure.savefig(file, dpi=120)
@@ -195,20 +214,20 @@ def _view(found: Sequence[Heatmap], max_rows: int) -> Iterator[RenderableType]:
         yield _table(each, max_rows)
         if len(each.rows) > max_rows:
             left = len(each.rows) - max_rows
-            yield Text(f"and {left:,} workers more, which hold less (--rows)")
+            yield Text(f"and {left:,} more, which hold less (--rows)")
 
 
 def _table(each: Heatmap, max_rows: int) -> RenderableType:
     width = (each.depths_blocks[1]) * each.block_size
     title = (
-        f"{each.model}: blocks of {each.num_prompts:,} prompts, a column is {width:,} tokens "
+        f"{each.model}: {each.what} of {each.num_prompts:,} prompts, a column is {width:,} tokens "
         f"({SHADES[1]} some, {SHADES[2]} a quarter, {SHADES[3]} half, {SHADES[4]} more, {SHADES[5]} all)"
     )
     rows = (
-        (row.worker, row.tier, "".join(map(_shade, row.shares)), f"{_overall(row, each):.0%}")
+        (row.holder, row.tier, "".join(map(_shade, row.shares)), f"{_overall(row, each):.0%}")
         for row in each.rows[:max_rows]
     )
-    return table(title, ["worker", "tier", "depth"], ["of all"], rows)
+    return table(title, ["held by", "tier", "depth"], ["of all"], rows)
 
 
 def _overall(row: Row, each: Heatmap) -> float:

@@ -10,7 +10,9 @@ from kvindex.commands.inspect.admin_api import Chain
 from kvindex.commands.inspect.heatmap import BLOCKS_PER_COLUMN, look_up
 from kvindex.config import IndexConfig
 from kvindex.errors import AdminUnavailable, ConfigError, IndexUnavailable
-from kvindex.redis_index import RedisIndexReader
+from kvindex.redis_index import RedisIndexReader, RedisIndexWriter
+from kvindex.stores import Store
+from kvindex.worker import Batch, Tier
 from tests.kvindex.commands.inspect.views import view_of_chain, view_of_prompt
 from tests.support.ports import free_ports
 
@@ -37,9 +39,36 @@ def test_shares_by_depth(inspect, redis_url, gateway):
     assert found["depths_blocks"] == [0, 2, 4, 6, 8]
     assert found["num_blocks"] == [2, 2, 4, 4]
     first, second = found["rows"]
-    assert (first["worker"], first["tier"], first["shares"]) == ("10.0.0.1:8000", "device", [1, 1, 0.5, 0.5])
+    assert (first["holder"], first["tier"], first["shares"]) == ("10.0.0.1:8000", "device", [1, 1, 0.5, 0.5])
     assert second["shares"] == [1, 0, 0, 0]
-    assert "and 1 workers more" in inspect(*arguments, "--rows", "1").stdout
+    assert "and 1 more" in inspect(*arguments, "--rows", "1").stdout
+
+
+def test_tiers_have_a_table_of_their_own(inspect, redis_url, admin, publisher):
+    """Whoever tells of a store: a node's server and a listing tell of one bucket."""
+    url, answers, _ = admin
+    worker = publisher.open(1)
+    writer = RedisIndexWriter(IndexConfig(redis_url=redis_url, redis_timeout_s=10))
+    for name, teller, tier, chunks in (
+        ("s3://kv", "", Tier.OBJECT, (0xC1, 0xC2)),
+        ("s3://kv", "node", Tier.OBJECT, (0xC3,)),
+        ("node/cpu", "", Tier.CPU, (0xC1,)),
+    ):
+        store = Store(name=name, teller=teller, tier=tier, model="tiny-1", chunk_size=256, incarnation="1")
+        slot = writer.open_slot(store, lease_ms=60_000)
+        writer.apply(store.pool, slot, store.incarnation, Batch(sequence=1, stored=chunks))
+    writer.close()
+    chains = [view_of_chain(worker, (1, 2)), view_of_chain(store, (0xC1, 0xC2, 0xC3, 0xC4))]
+    answers["GET", "/prompts?limit=200"] = (200, [{"model": "tiny", "chains": chains}])
+    arguments = ("heatmap", "--redis-url", redis_url, "--admin", url)
+    blocks, chunks = json.loads(inspect(*arguments, "--json").stdout)
+    assert [row["tier"] for row in blocks["rows"]] == ["device"]
+    assert (chunks["what"], chunks["block_size"]) == ("chunks", 256)
+    assert [(row["holder"], row["tier"], row["shares"]) for row in chunks["rows"]] == [
+        ("s3://kv", "object", [1, 1, 1, 0]),
+        ("node/cpu", "cpu", [1, 0, 0, 0]),
+    ]
+    assert "tiny-1: chunks of 1 prompts, a column is 256 tokens" in inspect(*arguments, COLUMNS="200").stdout
 
 
 def test_of_a_given_prompt(inspect, redis_url, gateway, admin, publisher):

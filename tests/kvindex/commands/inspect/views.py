@@ -6,12 +6,13 @@ import base64
 from collections.abc import Sequence
 
 from kvindex.blocks import pack_hashes
+from kvindex.stores import Store
 from kvindex.worker import Worker
 
 
-def view_of_chain(worker: Worker, hashes: Sequence[int], stride: int = 1) -> dict[str, object]:
+def view_of_chain(holder: Worker | Store, hashes: Sequence[int], stride: int = 1) -> dict[str, object]:
     return {
-        "pool_id": worker.pool.pool_id,
+        "pool_id": holder.pool.pool_id,
         "num_blocks": len(hashes) * stride,
         "stride": stride,
         "hashes": base64.b64encode(pack_hashes(hashes)).decode(),
