@@ -123,6 +123,14 @@ def test_what_a_dead_engine_has_computed_is_known_and_loaded_by_another(tiers: T
     assert (candidate["loaded_tokens"], candidate["uncached_tokens"]) == (NUM_TOKENS, 40)
     assert num_loaded(second) - before == NUM_TOKENS
 
+    # So the heatmap shows it, beside what the engines hold themselves.
+    where = ("--redis-url", tiers.fleet.redis_url, "--admin", tiers.fleet.admin_url)
+    blocks, chunks = json.loads(run_kvlane("inspect", "heatmap", "--json", *where).stdout)
+    assert [(row["holder"], row["tier"]) for row in blocks["rows"]] == [(second, "device")]
+    shares = {row["tier"]: row["shares"] for row in chunks["rows"]}
+    assert shares["object"] == [1] * (NUM_TOKENS // 256)
+    assert sum(chunks["num_blocks"]) == NUM_TOKENS // 256
+
     # The same tokens as if nothing had been loaded.
     httpx.post(f"http://{second}/reset_prefix_cache", timeout=PATIENCE_S).raise_for_status()
     computed = ask(f"http://{second}", turn, kv_transfer_params={LOAD_KEY: 0})
