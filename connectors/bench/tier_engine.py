@@ -51,7 +51,9 @@ class TierEngine:
         torch.set_num_threads(1)  # as memcpy beside it
         # Two halves: what is loaded goes elsewhere than what was stored.
         num_blocks = 2 * max_chunks * _BLOCKS_PER_CHUNK + 1
-        shape = (num_blocks, NUM_HEADS, BLOCK_SIZE, HEAD_BYTES // 2)
+        # As vLLM's attention has them, and as LMCache reads them: a CPU's blocks by heads, a GPU's by tokens.
+        rows = (NUM_HEADS, BLOCK_SIZE) if device == "cpu" else (BLOCK_SIZE, NUM_HEADS)
+        shape = (num_blocks, *rows, HEAD_BYTES // 2)
         self._layers = {
             f"model.layers.{index}.self_attn.attn": torch.randn(shape, dtype=torch.bfloat16, device=device)
             for index in range(NUM_LAYERS)
@@ -94,9 +96,11 @@ class TierEngine:
         order = LoadStoreOp(tokens, [self._sources[: num_chunks * _BLOCKS_PER_CHUNK]], 0, len(tokens))
         started = time.perf_counter()
         self._worker.submit_store_request(request_id, order, self._worker.create_recorded_event())
-        self._wait(lambda: request_id in (self._worker.get_finished({request_id})[0] or ()), 0.0002)
+        self._wait(lambda: request_id in (self._worker.get_finished({request_id})[0] or ()))
         taken = time.perf_counter() - started
         self._scheduler.end_session(request_id)
+        # From a GPU's cache the copies may be under way still.
+        self._wait(lambda: self._find(self._request_id(), tokens, is_to_be_loaded=False) == len(tokens))
         return taken
 
     def load(self, num_chunks: int) -> float:
@@ -109,18 +113,12 @@ class TierEngine:
         request_id = self._request_id()
         targets = self._targets[: num_chunks * _BLOCKS_PER_CHUNK]
         started = time.perf_counter()
-        self._scheduler.maybe_submit_lookup_request(request_id, tokens)
-
-        def looked_up() -> tuple[int] | None:
-            found = self._scheduler.check_lookup_result(request_id)
-            return None if found is None else (found,)
-
-        (found,) = self._wait(looked_up, 0.0002)
+        found = self._find(request_id, tokens, is_to_be_loaded=True)
         if found != len(tokens):
             raise BenchFailed(f"{found} of {len(tokens)} tokens were found")
         order = LoadStoreOp(tokens, [targets], 0, len(tokens))
         self._worker.submit_retrieve_request(request_id, order, self._worker.create_recorded_event())
-        self._wait(lambda: request_id in (self._worker.get_finished(set())[1] or ()), 0.0002)
+        self._wait(lambda: request_id in (self._worker.get_finished(set())[1] or ()))
         taken = time.perf_counter() - started
         self._scheduler.cleanup_lookup_result(request_id)
         self._scheduler.end_session(request_id)
@@ -149,12 +147,27 @@ class TierEngine:
                 raise BenchFailed("what was loaded is not what was stored")
             layer[targets] = 0
 
+    def _find(self, request_id: str, tokens: list[int], *, is_to_be_loaded: bool) -> int:
+        """Return how many tokens a lookup finds; what it has locked for loading is let go if nobody will."""
+
+        def looked_up() -> tuple[int] | None:
+            found = self._scheduler.check_lookup_result(request_id)
+            return None if found is None else (found,)
+
+        self._scheduler.maybe_submit_lookup_request(request_id, tokens)
+        (found,) = self._wait(looked_up)
+        if not is_to_be_loaded:
+            self._scheduler.free_lookup_locks(tokens, 0, found, request_id)
+            self._scheduler.cleanup_lookup_result(request_id)
+            self._scheduler.end_session(request_id)
+        return found
+
     def _request_id(self) -> str:
         self._num_requests += 1
         return f"bench-{self._num_requests}"
 
     @staticmethod
-    def _wait(condition: Callable[[], T | None], interval_s: float) -> T:
+    def _wait(condition: Callable[[], T | None], interval_s: float = 0.0002) -> T:
         """Return the condition's first true outcome."""
         deadline_s = time.monotonic() + _PATIENCE_S
         while not (outcome := condition()):
