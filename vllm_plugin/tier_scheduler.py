@@ -38,6 +38,29 @@ if TYPE_CHECKING:
 _log = structlog.get_logger(__name__)
 
 
+class Ahead:
+    """Requests for which the tiers were asked before their turn, until that comes or they end. Pure.
+
+    Args:
+        most_tokens: of all of them together.
+    """
+
+    def __init__(self, most_tokens: int) -> None:
+        self._most_tokens = most_tokens
+        self._tokens: dict[str, int] = {}
+
+    def begin(self, request_id: str, num_tokens: int) -> bool:
+        """Return whether so many more tokens may be asked for; if so they count from now on."""
+        if sum(self._tokens.values()) + num_tokens > self._most_tokens:
+            return False
+        self._tokens[request_id] = num_tokens
+        return True
+
+    def end(self, request_id: str) -> None:
+        """Count a request no more, if it was."""
+        self._tokens.pop(request_id, None)
+
+
 class TierScheduler:
     """The scheduler's part of loading from and storing to the node's LMCache server."""
 
@@ -53,9 +76,7 @@ class TierScheduler:
             stores=tuple(config.tier_stores),
             server=config.tier_server,
         )
-        self._most_ahead_tokens = kv_cache_config.num_blocks * compat.block_size(kv_cache_config)
-        self._ahead: dict[str, int] = {}
-        """Tokens that the tiers were asked for before the request's turn, by request, until that comes."""
+        self._ahead = Ahead(kv_cache_config.num_blocks * compat.block_size(kv_cache_config))
         self._limits: dict[str, int | None] = {}
         """Leading tokens of a request for which the tiers may be read; None: all."""
 
@@ -89,8 +110,7 @@ class TierScheduler:
         if not self._may_load(request):
             return
         num_tokens = min(request.num_prompt_tokens, limit_tokens or request.num_prompt_tokens)
-        if sum(self._ahead.values()) + num_tokens <= self._most_ahead_tokens:
-            self._ahead[request.request_id] = num_tokens
+        if self._ahead.begin(request.request_id, num_tokens):
             self._child.on_new_request(TierRequest(request))
 
     def num_external_tokens(self, request: Request, num_computed_tokens: int) -> int | None:
@@ -108,7 +128,7 @@ class TierScheduler:
         count, _ = self._child.get_num_new_matched_tokens(TierRequest(request), num_computed_tokens)
         if count is None:
             return None
-        self._ahead.pop(request_id, None)
+        self._ahead.end(request_id)
         return int(count)
 
     def on_alloc(self, request: Request, blocks: KVCacheBlocks, num_external_tokens: int) -> None:
@@ -130,7 +150,7 @@ class TierScheduler:
     ) -> tuple[bool, dict[str, Any] | None]:
         """Note the end of a request; return whether its blocks are needed, and what the client is told."""
         self._limits.pop(request.request_id, None)
-        self._ahead.pop(request.request_id, None)
+        self._ahead.end(request.request_id)
         if request.request_id not in self._child.request_trackers:
             # It ended before it was ever looked at.
             self._child._get_or_create_request_tracker(TierRequest(request))

@@ -8,7 +8,7 @@ from lmcache.integration.vllm.lmcache_mp_metadata import LMCacheMPRequestMetadat
 from structlog.testing import capture_logs
 
 from kvindex.stores import LOAD_KEY
-from vllm_plugin.tier_scheduler import load_limit, tell_computed
+from vllm_plugin.tier_scheduler import Ahead, load_limit, tell_computed
 
 
 def test_a_request_says_how_far_tiers_are_read_for_it():
@@ -21,6 +21,17 @@ def test_what_is_no_number_of_tokens_limits_nothing_and_is_logged(limit: object)
     with capture_logs() as logs:
         assert load_limit("a", {LOAD_KEY: limit}) is None
     assert [each["event"] for each in logs] == ["load_limit_refused"]
+
+
+def test_no_more_is_asked_for_ahead_than_an_engine_can_hold():
+    ahead = Ahead(1_000)
+    assert [ahead.begin(name, 400) for name in "abc"] == [True, True, False]
+    assert ahead.begin("d", 200)
+    ahead.end("c")
+    assert not ahead.begin("c", 1)
+    ahead.end("a")
+    ahead.end("a")
+    assert ahead.begin("c", 400)
 
 
 def stores(hit_tokens: int, steps: list[tuple[int, int]]) -> list[range]:
