@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 
+import httpx
 import msgspec
 import pytest
 
@@ -16,7 +17,7 @@ from kvindex.blocks import unpack_hashes
 from kvindex.chunks import chunk_blocks, chunk_salt, hash_chunks
 from kvindex.errors import IndexUnavailable
 from kvindex.stores import LOAD_KEY, Store, StoreSpeed
-from kvindex.worker import Batch, Tier, TierAccess
+from kvindex.worker import Batch, Load, Role, Tier, TierAccess
 from tests.support.router_bench import LEASE_MS, PROMPT, Bench, blocks_of
 
 CHUNK = 64
@@ -235,6 +236,29 @@ async def test_why_says_what_tiers_had_and_what_the_plan_made_of_it(make):
         (line,) = finding.tiers
         assert line.startswith("320 tokens in s3://b (object), ")
         assert line.endswith(made)
+
+
+async def test_the_decode_half_of_a_split_reads_what_comes_in_time():
+    """From memory, and not from the bucket behind it, which is slower than the wire."""
+    slow = {"cpu": {"gb_per_s": 100}, "object": {"gb_per_s": 0.001, "latency_ms": 1000}}
+    transport = httpx.MockTransport(lambda _: httpx.Response(200, json={}))
+    async with httpx.AsyncClient(transport=transport, base_url="http://worker") as client:
+        bench = Bench(client, transfer_gb_per_s=1, transfer_latency_ms=0, tier_speeds=slow)
+        await bench.join("p:1", role=Role.PREFILL, transfer_address="p:7000")
+        await bench.join(
+            "d:1",
+            role=Role.DECODE,
+            transfer_address="d:7000",
+            load=Load(running_requests=60),
+            tiers=access("d/cpu", "s3://b"),
+        )
+        await keep(bench, "d/cpu", Tier.CPU, num_chunks=2)
+        await keep(bench, "s3://b", Tier.OBJECT)
+        decision = await bench.decide()
+        assert decision.destinations[0] == "d:1"
+        assert json.loads(decision.body)["kv_transfer_params"][LOAD_KEY] == 2 * CHUNK
+        assert bench.receipt(decision).view()["split"]["sent_from_token"] == 2 * CHUNK
+        await bench.router.stop()
 
 
 async def test_receipts_keep_the_hashes_of_chunks(bench):

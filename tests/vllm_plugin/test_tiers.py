@@ -445,8 +445,12 @@ async def test_a_server_that_is_killed_costs_hits_and_no_answers(fleet: Fleet):
     node = fleet.first.node
     died = node.server_pid()
     os.kill(died, signal.SIGKILL)
+    # Halves of split prompts get all over the wire.
+    tokens = prompts[0][:CHUNK] + prompt(CHUNK)
+    output, _ = await split(fleet, tokens)
     outputs, _ = await loaded(fleet.first, prompts)
     assert outputs == computed
+    assert [output] == await fleet.second.complete_all([tokens], cache_salt="whole")
     await eventually(lambda: node.is_up() and node.server_pid() != died, PATIENCE_S)
 
     async def hits() -> bool:
