@@ -80,6 +80,8 @@ def tiers(
 
     checks.check_lmcache()
     location = parse_bucket(s3).location if s3 else None
+    if location is not None:
+        checks.check_bucket(location)
     console = Console(stderr=True)
     figures = run(directory, location, num_chunks, device, console)
     if model is not None:

@@ -8,7 +8,8 @@ import tempfile
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 
-from connectors.tiers.spec import Bucket, Disk, JoinedTiers, Tiers
+from connectors.tiers.s3_location import S3Location
+from connectors.tiers.spec import Disk, JoinedTiers, Tiers
 from kvindex.errors import ConfigError
 
 LMCACHE = "0.5.6"
@@ -82,7 +83,10 @@ def check_tiers(tiers: Tiers, *, has_gpu: bool) -> None:
     if tiers.disk is not None:
         _check_disk(tiers.disk)
     if tiers.s3 is not None:
-        _check_bucket(tiers.s3)
+        try:
+            check_bucket(tiers.s3.location)
+        except ConfigError as error:
+            raise ConfigError(f"--tiers: s3={error}") from error
 
 
 def _check_disk(disk: Disk) -> None:
@@ -99,10 +103,14 @@ def _check_disk(disk: Disk) -> None:
         )
 
 
-def _check_bucket(bucket: Bucket) -> None:
+def check_bucket(where: S3Location) -> None:
+    """Raise if there is no such bucket, or these credentials may not use it.
+
+    Raises:
+        ConfigError: so it is.
+    """
     from botocore.exceptions import BotoCoreError, ClientError
 
-    where = bucket.location
     try:
         where.client().head_bucket(Bucket=where.bucket)
     except ClientError as error:
@@ -112,9 +120,9 @@ def _check_bucket(bucket: Bucket) -> None:
             403: "these credentials may not use it",
             301: f"it is in another region than {where.region}",
         }.get(status, str(error))
-        raise ConfigError(f"--tiers: s3={where.url}: {reason}") from error
+        raise ConfigError(f"{where.url}: {reason}") from error
     except BotoCoreError as error:
-        raise ConfigError(f"--tiers: s3={where.url}: {error}") from error
+        raise ConfigError(f"{where.url}: {error}") from error
 
 
 def _numbers(text: str) -> list[int]:
