@@ -20,6 +20,7 @@ from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
 from rich.table import Table
 
+from connectors.bench.serving import ONE_PROCESS
 from deploy.demo.conversations import Conversation, conversations
 from deploy.demo.model import ENGINE_ENV, NAME, make_model
 from deploy.demo.play import Played, play
@@ -38,6 +39,7 @@ WORKLOAD = {"num_assistants": 6, "num_people": 2, "num_turns": 8, "system_chars"
 ENGINE = (
     *("--served-model-name", NAME, "--enforce-eager", "--max-model-len", "4096", "--block-size", "32"),
     *("--num-gpu-blocks-override", "480"),
+    *ONE_PROCESS,
 )
 
 

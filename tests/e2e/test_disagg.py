@@ -12,18 +12,19 @@ from itertools import chain
 import httpx
 import pytest
 
+from connectors.bench.serving import ONE_PROCESS
 from deploy.demo.model import ENGINE_ENV, NAME
 from gateway.local_fleet import FleetOptions, LocalFleet, kvlane, local_fleet
 from kvindex.worker import Role
 from tests.support.fleet import eventually, is_idle, registered
 from tests.support.ports import free_ports
-from tests.support.vllm_engine import IN_ONE_PROCESS, tiny_model
+from tests.support.vllm_engine import tiny_model
 
 pytestmark = [pytest.mark.vllm, pytest.mark.envoy]
 
 ENGINE = (
     *("--served-model-name", NAME, "--enforce-eager", "--max-model-len", "4096", "--block-size", "32"),
-    *IN_ONE_PROCESS,
+    *ONE_PROCESS,
 )
 TRANSFERRED = 'kvlane_transfer_ended_total{outcome="done",role="receive"}'
 draw = random.Random(7)

@@ -17,6 +17,7 @@ import psutil
 import pytest
 from prometheus_client.parser import text_string_to_metric_families
 
+from connectors.bench.serving import ONE_PROCESS
 from deploy.demo.model import ENGINE_ENV, NAME
 from gateway.local_fleet import (
     PATIENCE,
@@ -32,13 +33,13 @@ from gateway.tenants.keys import hash_key, new_key
 from tests.support.doctor import report
 from tests.support.fleet import eventually, parities, registered, settled
 from tests.support.lora_adapter import RANK, make_adapter
-from tests.support.vllm_engine import IN_ONE_PROCESS, tiny_model
+from tests.support.vllm_engine import tiny_model
 
 pytestmark = [pytest.mark.vllm, pytest.mark.envoy]
 
 ENGINE = (
     *("--served-model-name", NAME, "--enforce-eager", "--max-model-len", "4096", "--block-size", "32"),
-    *IN_ONE_PROCESS,
+    *ONE_PROCESS,
 )
 ADAPTERS = ("sql", "poetry")
 BLOCK_SIZE = 32

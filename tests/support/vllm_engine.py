@@ -14,6 +14,7 @@ from pathlib import Path
 
 import httpx
 
+from connectors.bench.serving import ONE_PROCESS
 from deploy.demo.model import ENGINE_ENV, make_model
 from deploy.demo.model import NAME as MODEL_NAME
 
@@ -21,12 +22,6 @@ ROOT = Path(__file__).parents[2]
 BLOCK_SIZE = 32
 MAX_MODEL_LEN_TOKENS = 4096
 START_TIMEOUT_S = 240.0
-IN_ONE_PROCESS = (
-    "--distributed-executor-backend",
-    "vllm.v1.executor.uniproc_executor.UniProcExecutor",
-)
-"""Scheduler and worker in one process, as a GPU has them: started in two thirds of the time. By its short
-name the CPU platform replaces it."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -84,7 +79,7 @@ def start_engine(
     log = log or ROOT / ".kvlane" / "logs" / f"engine-{port}.log"
     log.parent.mkdir(parents=True, exist_ok=True)
     program = Path(sys.executable).parent / command[0]
-    in_one_process = () if "--tensor-parallel-size" in extra_args else IN_ONE_PROCESS
+    in_one_process = () if "--tensor-parallel-size" in extra_args else ONE_PROCESS
     arguments = [
         *(str(program), *command[1:], str(tiny_model())),
         *in_one_process,
