@@ -38,6 +38,9 @@ CARDS = (
     ModelCard(id="sql", root="/lora/sql", parent="tiny"),
 )
 
+TICK_S = 0.003
+"""Times are compared by milliseconds, in which all of this would happen at once."""
+
 
 class TokenReader:
     """Reads `{"model", "tokens", "cache_salt"}`."""
@@ -96,6 +99,7 @@ class Gateway:
         engine = Engine(self.writer, name, life)
         self.fleet._replace(cards={**self.fleet.snapshot.cards, name: CARDS})
         await self.fleet.poll()
+        await asyncio.sleep(TICK_S)
         return engine
 
     async def ask(
@@ -112,8 +116,7 @@ class Gateway:
             self.router.record(Served(decision_id, 200, worker, since_ms, since_ms, 0, 0))
             await self.router.finish(decision_id, End.COMPLETE)
             await self.router.stop()  # which waits for the settling
-        # Times are compared by milliseconds, in which all of this would happen at once.
-        await asyncio.sleep(0.003)
+        await asyncio.sleep(TICK_S)
         return decision_id
 
     async def why(self, decision_id: str, engine: Engine | None = None) -> SimpleNamespace:
@@ -265,7 +268,7 @@ async def test_an_eviction_is_known_even_if_no_request_is(gateway):
     engine = await gateway.join("a:1")
     engine.hold(blocks(prompt(10)))
     engine.evict(blocks(prompt(10))[5:])
-    await asyncio.sleep(0.003)
+    await asyncio.sleep(TICK_S)
     found = await gateway.why(await gateway.ask(prompt(10)))
     assert (found.reason, found.earlier) == ("evicted", None)
 
@@ -283,7 +286,7 @@ async def test_a_reset_cache(gateway):
     earlier = await gateway.ask(prompt(10))
     engine.hold(blocks(prompt(10)))
     engine.open(Opening(EventKind.CLEARED))
-    await asyncio.sleep(0.003)
+    await asyncio.sleep(TICK_S)
     found = await gateway.why(await gateway.ask(prompt(10)))
     assert (found.reason, found.earlier) == ("cleared", earlier)
 
@@ -294,7 +297,7 @@ async def test_a_resync(gateway):
     engine.hold(blocks(prompt(10)))
     await gateway.ask(prompt(10))
     engine.open(Opening(EventKind.DRIFT, "1 block lost"))
-    await asyncio.sleep(0.003)
+    await asyncio.sleep(TICK_S)
     decision = await gateway.ask(prompt(10))
     engine.hold(blocks(prompt(10)))
     found = await gateway.why(decision)
@@ -307,7 +310,7 @@ async def test_a_restarted_worker(gateway):
     earlier = await gateway.ask(prompt(10))
     engine.hold(blocks(prompt(10)))
     await gateway.join("a:1", life="second")
-    await asyncio.sleep(0.003)
+    await asyncio.sleep(TICK_S)
     found = await gateway.why(await gateway.ask(prompt(10)))
     assert (found.reason, found.earlier) == ("restarted", earlier)
     assert "restarted at" in found.detail
@@ -318,7 +321,7 @@ async def test_a_worker_that_joined_later(gateway):
     earlier = await gateway.ask(prompt(10))
     old.hold(blocks(prompt(10)))
     new = await gateway.join("b:1")
-    await asyncio.sleep(0.003)
+    await asyncio.sleep(TICK_S)
     found = await gateway.why(await gateway.ask(prompt(10)), new)
     assert (found.reason, found.earlier) == ("joined", earlier)
     assert "went to a:1" in found.detail
@@ -347,7 +350,7 @@ async def test_a_block_that_is_gone_without_a_trace(gateway):
     engine.hold(blocks(prompt(10)))
     earlier = await gateway.ask(prompt(10))
     engine.evict(blocks(prompt(10)))
-    await asyncio.sleep(0.003)
+    await asyncio.sleep(TICK_S)
     decision = await gateway.ask(prompt(10))
     # It is forgotten that the block was among the removed.
     removals = gateway.fleet._index.removals
