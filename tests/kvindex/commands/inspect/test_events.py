@@ -36,14 +36,10 @@ def test_the_last_lines_with_and_without_evictions(inspect, redis_url, publisher
 
 
 def test_following(redis_url, publisher, worker):
-    command = [sys.executable, "-m", "kvindex.cli", "inspect", "events", "--follow", "--json"]
-    with subprocess.Popen(
-        [*command, "--redis-url", redis_url],
-        stdout=subprocess.PIPE,
-        text=True,
-        # Whoever runs the tests in the background has it ignored.
-        preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_DFL),
-    ) as process:
+    # Whoever runs the tests in the background has interrupts ignored.
+    command = ["env", "--default-signal=INT", sys.executable, "-m", "kvindex.cli"]
+    command += ["inspect", "events", "--follow", "--json", "--redis-url", redis_url]
+    with subprocess.Popen(command, stdout=subprocess.PIPE, text=True) as process:
         assert json.loads(process.stdout.readline())["kind"] == "opened"
         publisher.change(worker, removed=(0xCAFE,))
         assert json.loads(process.stdout.readline())["blocks"] == ["000000000000cafe"]
