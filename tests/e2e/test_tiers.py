@@ -21,7 +21,7 @@ from gateway.local_fleet import FleetOptions, LocalFleet, kvlane, local_fleet
 from kvindex.stores import LOAD_KEY
 from tests.support.cli import kvlane as run_kvlane
 from tests.support.fleet import eventually, registered
-from tests.support.ports import free_ports
+from tests.support.ports import adjacent_ports
 from tests.support.tiers import BUCKET, TierNode, s3_server, tier_node
 from tests.support.vllm_engine import tiny_model
 
@@ -59,7 +59,7 @@ class Tiers(NamedTuple):
 @pytest.fixture(scope="module")
 def tiers(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Tiers]:
     folder = tmp_path_factory.mktemp("tiers")
-    nodes = [TierNode(port) for port in free_ports(2)]
+    nodes = [TierNode(adjacent_ports(2)) for _ in range(2)]
     with ExitStack() as stack, pytest.MonkeyPatch.context() as patch:
         s3 = stack.enter_context(s3_server())
         bucket = f"s3=s3://{BUCKET}/e2e?endpoint={s3.url}"

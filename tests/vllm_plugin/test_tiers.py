@@ -23,7 +23,7 @@ from kvindex.worker import Tier
 from tests.support.cli import kvlane
 from tests.support.lora_adapter import make_adapter
 from tests.support.pair import Pair, TransferEngine
-from tests.support.ports import adjacent_ports, free_port_pair, free_ports
+from tests.support.ports import adjacent_ports, free_ports
 from tests.support.s3_faults import FORBIDDEN, FaultyS3, faulty_s3_server
 from tests.support.tiers import BUCKET, TierEngine, TierNode, environment, tier_node
 from tests.support.vllm_engine import BLOCK_SIZE, MODEL_NAME, start_engine, tiny_model
@@ -76,10 +76,10 @@ def fleet(redis_server: str, tmp_path_factory: pytest.TempPathFactory) -> Iterat
     with ExitStack() as stack, ThreadPoolExecutor(2) as pool:
         s3 = stack.enter_context(faulty_s3_server())
         bucket = f"s3=s3://{BUCKET}/{PREFIX}?endpoint={s3.url}"
-        first = TierNode(free_port_pair())
+        first = TierNode(adjacent_ports(2))
         stack.callback(first.stop)
         second = stack.enter_context(
-            tier_node(f"cpu=256MiB,{bucket}", free_port_pair(), redis_url=redis_server)
+            tier_node(f"cpu=256MiB,{bucket}", adjacent_ports(2), redis_url=redis_server)
         )
         tiers = (
             # The first engine starts its node's server, the second joins one.

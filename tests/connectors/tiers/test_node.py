@@ -14,7 +14,7 @@ from connectors.errors import TiersUnavailable
 from connectors.tiers.node import NodeFiles, TierKeeper, is_locked, join_or_start, server_command
 from connectors.tiers.spec import Disk, Tiers, parse_tiers
 from kvindex.errors import ConfigError
-from tests.support.ports import free_port_pair
+from tests.support.ports import adjacent_ports
 from tests.support.tiers import BIN, PATIENCE_S, TierNode, tier_node
 from tests.support.waiting import eventually
 
@@ -22,7 +22,7 @@ from tests.support.waiting import eventually
 @pytest.fixture(scope="module")
 def kept(tmp_path_factory: pytest.TempPathFactory) -> Iterator[tuple[TierNode, Path]]:
     path = tmp_path_factory.mktemp("disk")
-    port = free_port_pair()
+    port = adjacent_ports(2)
     with tier_node(f"cpu=16MiB,disk={path}:100MB", port, "--eviction-policy", "ARC") as node:
         yield node, path
 
@@ -56,7 +56,7 @@ def test_one_server_per_port_and_per_path(kept: tuple[TierNode, Path]):
     with pytest.raises(ConfigError, match="another process keeps tiers at port"):
         TierKeeper(Tiers(1 << 20, port=node.port), (), None, None)
     with pytest.raises(ConfigError, match="another server keeps its chunks in"):
-        TierKeeper(Tiers(1 << 20, Disk(path, 0), port=free_port_pair()), (), None, None)
+        TierKeeper(Tiers(1 << 20, Disk(path, 0), port=adjacent_ports(2)), (), None, None)
 
 
 async def test_a_server_that_dies_is_started_again(kept: tuple[TierNode, Path]):
@@ -68,7 +68,7 @@ async def test_a_server_that_dies_is_started_again(kept: tuple[TierNode, Path]):
 
 
 def test_a_server_that_cannot_start_is_said_with_its_last_words():
-    tiers = Tiers(1 << 20, port=free_port_pair())
+    tiers = Tiers(1 << 20, port=adjacent_ports(2))
     with pytest.raises(TiersUnavailable, match="unrecognized arguments: --no-such-thing"):
         TierKeeper(tiers, ["--no-such-thing"], None, None).run(threading.Event())
     files = NodeFiles(tiers.port)
@@ -77,7 +77,7 @@ def test_a_server_that_cannot_start_is_said_with_its_last_words():
 
 
 def test_it_ends_when_nobody_uses_it_any_more():
-    port = free_port_pair()
+    port = adjacent_ports(2)
     command = [str(BIN / "kvlane"), "tier", "serve", f"cpu=1MiB,port={port}", "--linger", "0.5"]
     with subprocess.Popen(command) as keeper:
         assert keeper.wait(PATIENCE_S) == 0

@@ -73,8 +73,9 @@ def test_without_redis_there_is_one_line(inspect):
 
 
 def test_it_watches_until_it_is_interrupted(redis_url, worker, gateway):
-    command = [sys.executable, "-m", "kvindex.cli", "inspect", "top", "--interval", "0.2"]
-    command += ["--redis-url", redis_url, "--admin", gateway]
+    # Whoever runs the tests in the background has interrupts ignored.
+    command = ["env", "--default-signal=INT", sys.executable, "-m", "kvindex.cli", "inspect", "top"]
+    command += ["--interval", "0.2", "--redis-url", redis_url, "--admin", gateway]
     terminal, inside = pty.openpty()
     with subprocess.Popen(command, stdin=inside, stdout=inside, stderr=inside) as process:
         try:
