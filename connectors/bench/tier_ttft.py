@@ -23,7 +23,7 @@ import httpx
 from rich.console import Console
 
 from connectors.bench.gateway import Gateway, predicting
-from connectors.bench.ports import free_pair, free_ports
+from connectors.bench.ports import adjacent_ports, free_ports
 from connectors.bench.serving import KVLANE, NAME, ONE_CORE_EACH, serving
 from connectors.errors import BenchFailed
 from connectors.tiers.node import NodeFiles
@@ -57,7 +57,7 @@ def run(model: Path, device: str, directory: Path | None, engine_args: str, cons
     """
     with ExitStack() as stack:
         scratch = Path(stack.enter_context(tempfile.TemporaryDirectory(dir=directory)))
-        (port,), tiers_port = free_ports(1), free_pair()
+        (port,), tiers_port = free_ports(1), adjacent_ports(2)
         disk = scratch / "tier"
         tiers = f"cpu=1GiB,disk={disk}:8GiB,port={tiers_port}"
         arguments = ("--max-model-len", "4096", "--tiers", tiers, *shlex.split(engine_args))

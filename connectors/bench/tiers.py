@@ -19,7 +19,7 @@ from pathlib import Path
 import httpx
 from rich.console import Console
 
-from connectors.bench.ports import free_pair
+from connectors.bench.ports import adjacent_ports
 from connectors.bench.tier_engine import CHUNK_BYTES, TierEngine
 from connectors.bench.transport import check_device, memcpy_s
 from connectors.errors import BenchFailed
@@ -53,7 +53,7 @@ def run(
     figures: list[Figure] = []
     with tempfile.TemporaryDirectory(dir=directory) as scratch:
         folder = Path(scratch)
-        base = Tiers(cpu_bytes=_CPU_BYTES, port=free_pair())
+        base = Tiers(cpu_bytes=_CPU_BYTES, port=adjacent_ports(2))
         console.print(f"CPU memory, {num_chunks} chunks")
         figures += _cpu(base, num_chunks, device)
         console.print("disk")

@@ -13,6 +13,7 @@ import msgspec
 import pytest
 import torch
 
+from connectors.bench.ports import free_ports
 from connectors.config import TransferConfig
 from connectors.geometry import Geometry, Layout
 from connectors.kv_cache import KVCache
@@ -32,7 +33,6 @@ from connectors.params import TransferParams, new_transfer_id
 from kvindex.errors import ConfigError
 from kvindex.tls import PeerTls
 from tests.support.certificates import Authority
-from tests.support.ports import free_ports
 from tests.support.waiting import eventually
 
 PATIENCE_S = 60.0

@@ -12,12 +12,12 @@ from itertools import chain
 import httpx
 import pytest
 
+from connectors.bench.ports import free_ports
 from connectors.bench.serving import ONE_PROCESS
 from deploy.demo.model import ENGINE_ENV, NAME
 from gateway.local_fleet import FleetOptions, LocalFleet, kvlane, local_fleet
 from kvindex.worker import Role
 from tests.support.fleet import eventually, is_idle, registered
-from tests.support.ports import free_ports
 from tests.support.vllm_engine import tiny_model
 
 pytestmark = [pytest.mark.vllm, pytest.mark.envoy]

@@ -16,12 +16,12 @@ from pathlib import Path
 import httpx
 import pytest
 
+from connectors.bench.ports import free_ports
 from gateway.local_fleet import FleetOptions, LocalFleet, local_fleet
 from gateway.processes import child_processes
 from kvindex.embedded import embedded_redis
 from tests.support.fleet import charges, eventually, registered, simulated
 from tests.support.load import completion, load
-from tests.support.ports import free_ports
 from tests.support.proxy import stalling_proxy
 from tests.support.redis_server import emptied
 from tests.support.vllm_engine import tiny_model

@@ -16,12 +16,12 @@ import httpx
 import pytest
 import redis
 
+from connectors.bench.ports import adjacent_ports
 from deploy.demo.model import ENGINE_ENV, NAME
 from gateway.local_fleet import FleetOptions, LocalFleet, kvlane, local_fleet
 from kvindex.stores import LOAD_KEY
 from tests.support.cli import kvlane as run_kvlane
 from tests.support.fleet import eventually, registered
-from tests.support.ports import adjacent_ports
 from tests.support.tiers import BUCKET, TierNode, s3_server, tier_node
 from tests.support.vllm_engine import tiny_model
 

@@ -15,10 +15,10 @@ import httpx
 import pytest
 from typer.testing import CliRunner
 
+from connectors.bench.ports import free_ports
 from gateway.local_fleet import FleetOptions, LocalFleet, kvlane, local_fleet
 from kvindex.commands.inspect import app
 from tests.support.fleet import eventually, indexed_blocks, is_idle, registered, simulated, simulated_fleet
-from tests.support.ports import free_ports
 
 pytestmark = pytest.mark.envoy
 

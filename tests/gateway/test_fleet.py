@@ -7,6 +7,7 @@ import json
 import pytest
 from prometheus_client import REGISTRY
 
+from connectors.bench.ports import free_ports
 from gateway.config import GatewayConfig
 from gateway.errors import RequestError
 from gateway.fleet import Fleet
@@ -14,7 +15,6 @@ from gateway.probe import worker_client
 from kvindex.errors import IndexUnavailable
 from kvindex.memory_index import MemoryIndex, MemoryIndexReader, MemoryIndexWriter
 from kvindex.worker import Batch
-from tests.support.ports import free_ports
 from tests.support.workers import make_worker
 
 LEASE_MS = 60_000

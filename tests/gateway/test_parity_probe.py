@@ -10,6 +10,7 @@ import httpx
 import pytest
 from starlette.responses import JSONResponse, PlainTextResponse
 
+from connectors.bench.ports import free_ports
 from gateway.config import GatewayConfig
 from gateway.fleet import Fleet
 from gateway.parity import Reason, State
@@ -20,7 +21,6 @@ from kvindex.redis_index import RedisIndexReader, RedisIndexWriter
 from tests.support.chat_templates import LLAMA_LIKE
 from tests.support.engine_here import simulated
 from tests.support.envoy import serve
-from tests.support.ports import free_ports
 from tests.support.vllm_engine import tiny_model
 from tests.support.waiting import eventually
 from tests.support.workers import make_worker

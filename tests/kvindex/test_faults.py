@@ -19,6 +19,7 @@ import pytest
 import redis
 from structlog.testing import capture_logs
 
+from connectors.bench.ports import free_ports
 from kvindex.config import IndexConfig, PublisherConfig
 from kvindex.contents import EngineContents
 from kvindex.event_source import ZmqEventSource
@@ -28,7 +29,6 @@ from kvindex.redis_index import RedisIndexReader, RedisIndexWriter
 from kvindex.worker import Load
 from tests.support.engine_core import EventStream
 from tests.support.engine_flaws import add_flags
-from tests.support.ports import free_ports
 from tests.support.proxy import stalling_proxy
 from tests.support.publishing import Published, index_is, slots_of
 from tests.support.running import running

@@ -7,11 +7,11 @@ import pytest
 import redis
 from structlog.testing import capture_logs
 
+from connectors.bench.ports import free_ports
 from kvindex.blocks import format_hash
 from kvindex.embedded import embedded_redis
 from kvindex.keys import bucket_key, directory
 from kvindex.redis_index import RedisIndexWriter
-from tests.support.ports import free_ports
 from tests.support.publishing import Published, index_is, slots_of
 from tests.support.scripted_engine import prompt, removal
 from tests.support.waiting import eventually

@@ -9,6 +9,7 @@ from collections.abc import Iterator
 import pytest
 import redis
 
+from connectors.bench.ports import free_ports
 from kvindex.config import IndexConfig
 from kvindex.errors import ConfigError, IndexFull, IndexRefused, IndexUnavailable
 from kvindex.keys import POOLS
@@ -16,7 +17,6 @@ from kvindex.redis_connection import AsyncConnection
 from kvindex.redis_index import RedisIndexReader, RedisIndexWriter
 from kvindex.worker import Batch, Load
 from tests.support.cli import kvlane
-from tests.support.ports import free_ports
 from tests.support.redis_server import valkey_binary
 from tests.support.redis_topology import SERVICE, RedisProcess, sentinel, server, wait_until
 from tests.support.relay import relay

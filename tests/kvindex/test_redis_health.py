@@ -5,11 +5,11 @@ from __future__ import annotations
 import msgspec
 import pytest
 
+from connectors.bench.ports import free_ports
 from kvindex.config import IndexConfig
 from kvindex.errors import IndexRefused, IndexUnavailable
 from kvindex.redis_health import NodeHealth, ServerHealth, examine, findings
 from kvindex.redis_url import Topology
-from tests.support.ports import free_ports
 from tests.support.redis_topology import server
 
 WELL = NodeHealth(

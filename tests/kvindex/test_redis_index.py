@@ -12,6 +12,7 @@ import redis
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
+from connectors.bench.ports import free_ports
 from kvindex import redis_index
 from kvindex.config import IndexConfig
 from kvindex.errors import ConfigError, IndexUnavailable, SlotLost
@@ -20,7 +21,6 @@ from kvindex.keys import LOG_LEFT_S, bucket_key, directory, log_key, removals_ke
 from kvindex.redis_index import RedisIndexReader, RedisIndexWriter
 from kvindex.worker import Batch, Load, Worker
 from tests.support.oracle import check_overlap
-from tests.support.ports import free_ports
 
 LEASE_MS = 600_000
 COMPACT = ("ziplist", "listpack")  # its name until and from Redis 7

@@ -5,12 +5,12 @@ import httpx
 import pytest
 from prometheus_client import REGISTRY
 
+from connectors.bench.ports import free_ports
 from kvindex import metrics
 from kvindex.config import admin_access, publisher_config
 from kvindex.errors import ConfigError
 from kvindex.tls import ClientTls, ServerTls
 from tests.support.certificates import Authority
-from tests.support.ports import free_ports
 
 
 @pytest.fixture

@@ -6,8 +6,8 @@ import asyncio
 import contextlib
 from collections.abc import AsyncIterator
 
+from connectors.bench.ports import free_ports
 from tests.support import engine_sim
-from tests.support.ports import free_ports
 from tests.support.vllm_engine import tiny_model
 from tests.support.waiting import eventually
 

@@ -16,6 +16,7 @@ from starlette.requests import Request
 from starlette.responses import Response
 from starlette.routing import Route
 
+from connectors.bench.ports import free_ports
 from gateway.config import GatewayConfig
 from gateway.decision import Decision, End, HttpRequest, Served
 from gateway.envoy import EnvoyOptions, bootstrap, to_yaml
@@ -23,7 +24,6 @@ from gateway.envoy_services import serve_envoy
 from gateway.errors import RequestError
 from gateway.readiness import Readiness
 from kvindex.tls import ServerTls
-from tests.support.ports import free_ports
 from tests.support.waiting import eventually
 
 ENVOY = Path(sys.executable).with_name("envoy")

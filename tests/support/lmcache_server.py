@@ -17,7 +17,7 @@ from typing import Any
 
 import httpx
 
-from tests.support.ports import free_ports
+from connectors.bench.ports import free_ports
 
 START_TIMEOUT_S = 240.0
 

@@ -14,8 +14,8 @@ from typing import Any
 
 import httpx
 
+from connectors.bench.ports import adjacent_ports, free_ports
 from connectors.params import new_transfer_id
-from tests.support.ports import adjacent_ports, free_ports
 from tests.support.vllm_engine import MODEL_NAME, Engine, start_engine, tiny_model
 
 PATIENCE_S = 120.0

@@ -14,9 +14,9 @@ from pathlib import Path
 
 import redis
 
+from connectors.bench.ports import free_ports
 from kvindex import embedded
 from kvindex.embedded import redis_server_binary
-from tests.support.ports import free_ports
 
 SERVICE = "kvlane"
 NUM_SLOTS = 16384

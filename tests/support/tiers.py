@@ -16,9 +16,9 @@ from typing import Any
 
 import httpx
 
+from connectors.bench.ports import free_ports
 from connectors.tiers.node import NodeFiles, is_locked
 from connectors.tiers.s3_location import S3Location
-from tests.support.ports import free_ports
 from tests.support.running import running
 from tests.support.vllm_engine import MODEL_NAME, Engine
 from tests.support.waiting import eventually

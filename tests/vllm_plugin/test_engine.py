@@ -14,12 +14,12 @@ from typing import Any
 import httpx
 import pytest
 
+from connectors.bench.ports import free_ports
 from gateway.profile import Profile, num_pairs
 from kvindex.blocks import BlockHash, Pool, hash_blocks, root_hash
 from kvindex.config import index_config
 from kvindex.redis_index import RedisIndexReader
 from kvindex.worker import RegisteredWorker
-from tests.support.ports import free_ports
 from tests.support.running import running
 from tests.support.vllm_engine import BLOCK_SIZE, MODEL_NAME, Engine, start_engine
 from tests.support.waiting import eventually

@@ -13,6 +13,7 @@ from typing import NamedTuple
 
 import pytest
 
+from connectors.bench.ports import adjacent_ports, free_ports
 from connectors.params import new_transfer_id
 from kvindex.blocks import Pool
 from kvindex.chunks import chunk_blocks, chunk_pool, hash_chunks
@@ -23,7 +24,6 @@ from kvindex.worker import Tier
 from tests.support.cli import kvlane
 from tests.support.lora_adapter import make_adapter
 from tests.support.pair import Pair, TransferEngine
-from tests.support.ports import adjacent_ports, free_ports
 from tests.support.s3_faults import FORBIDDEN, FaultyS3, faulty_s3_server
 from tests.support.tiers import BUCKET, TierEngine, TierNode, environment, tier_node
 from tests.support.vllm_engine import BLOCK_SIZE, MODEL_NAME, start_engine, tiny_model

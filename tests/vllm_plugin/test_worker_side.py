@@ -8,8 +8,8 @@ import pytest
 import torch
 from vllm.v1.kv_cache_interface import FullAttentionSpec, KVCacheConfig, KVCacheGroupSpec, SlidingWindowSpec
 
+from connectors.bench.ports import free_ports
 from kvindex.errors import ConfigError
-from tests.support.ports import free_ports
 from vllm_plugin import compat
 from vllm_plugin.metadata import Computed, KvlaneMetadata
 from vllm_plugin.worker_side import WorkerSide

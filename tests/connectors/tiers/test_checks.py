@@ -6,11 +6,11 @@ from pathlib import Path
 
 import pytest
 
+from connectors.bench.ports import free_ports
 from connectors.tiers import checks
 from connectors.tiers.s3_location import S3Location
 from connectors.tiers.spec import Bucket, Disk, JoinedTiers, Tiers
 from kvindex.errors import ConfigError
-from tests.support.ports import free_ports
 from tests.support.tiers import S3Server, s3_server
 
 

@@ -10,11 +10,11 @@ from pathlib import Path
 import httpx
 import pytest
 
+from connectors.bench.ports import adjacent_ports
 from connectors.errors import TiersUnavailable
 from connectors.tiers.node import NodeFiles, TierKeeper, is_locked, join_or_start, server_command
 from connectors.tiers.spec import Disk, Tiers, parse_tiers
 from kvindex.errors import ConfigError
-from tests.support.ports import adjacent_ports
 from tests.support.tiers import BIN, PATIENCE_S, TierNode, tier_node
 from tests.support.waiting import eventually
 

@@ -4,10 +4,10 @@ from pathlib import Path
 
 import pytest
 
+from connectors.bench.ports import free_ports
 from connectors.tiers.warm import Warming, read_prompts, warm
 from kvindex.errors import ConfigError
 from tests.support.cli import kvlane
-from tests.support.ports import free_ports
 
 
 def test_bodies_are_read_line_by_line(tmp_path: Path):

@@ -9,10 +9,10 @@ from contextlib import closing
 import httpx
 import pytest
 
+from connectors.bench.ports import free_ports
 from gateway.bench.load import Client, cpu_s, interleave, saturate
 from gateway.bench.peers import peer, serve_engines
 from gateway.errors import BenchFailed
-from tests.support.ports import free_ports
 
 
 @pytest.fixture(scope="module")

@@ -12,8 +12,8 @@ import httpx
 import pytest
 import yaml
 
+from connectors.bench.ports import free_ports
 from tests.support.cli import KVLANE, kvlane
-from tests.support.ports import free_ports
 
 
 def test_bootstrap_is_printed_with_the_options_in_it():

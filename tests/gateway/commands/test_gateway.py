@@ -8,12 +8,12 @@ import subprocess
 import httpx
 import pytest
 
+from connectors.bench.ports import free_ports
 from kvindex.embedded import embedded_redis
 from kvindex.tls import ClientTls, ServerTls
 from tests.support.certificates import Authority
 from tests.support.cli import KVLANE, kvlane
 from tests.support.fleet import eventually
-from tests.support.ports import free_ports
 
 
 @pytest.fixture

@@ -8,6 +8,7 @@ import msgspec
 import pytest
 from starlette.responses import JSONResponse, PlainTextResponse
 
+from connectors.bench.ports import free_ports
 from gateway.config import GatewayConfig
 from gateway.doctor.examination import examine
 from gateway.doctor.finding import Finding, Level
@@ -17,7 +18,6 @@ from kvindex.redis_index import RedisIndexReader, RedisIndexWriter
 from kvindex.worker import Batch
 from tests.support.engine_here import simulated
 from tests.support.envoy import serve
-from tests.support.ports import free_ports
 from tests.support.waiting import eventually
 from tests.support.workers import make_worker
 

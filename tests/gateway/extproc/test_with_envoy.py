@@ -7,11 +7,11 @@ import httpx
 import pytest
 from starlette.responses import JSONResponse, StreamingResponse
 
+from connectors.bench.ports import free_ports
 from gateway.decision import End
 from gateway.envoy import LbPolicy
 from gateway.errors import RequestError
 from tests.support.envoy import KnownEndpoints, ScriptedRouter, Stack, serve
-from tests.support.ports import free_ports
 from tests.support.waiting import eventually
 
 pytestmark = pytest.mark.envoy

@@ -8,7 +8,7 @@ from dataclasses import dataclass
 import msgspec
 import pytest
 
-from tests.support.ports import free_ports
+from connectors.bench.ports import free_ports
 from tests.support.vllm_engine import Engine, start_engine
 
 

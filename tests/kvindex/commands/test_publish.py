@@ -6,11 +6,11 @@ from pathlib import Path
 
 import httpx
 
+from connectors.bench.ports import free_ports
 from kvindex.blocks import Pool, hash_blocks, root_hash
 from kvindex.config import index_config
 from kvindex.redis_index import RedisIndexReader
 from kvindex.worker import RegisteredWorker
-from tests.support.ports import free_ports
 from tests.support.running import running
 from tests.support.vllm_engine import tiny_model
 from tests.support.waiting import eventually

@@ -4,9 +4,9 @@ import pytest
 from typer.main import get_command
 from typer.testing import CliRunner
 
+from connectors.bench.ports import free_ports
 from kvindex import cli
 from kvindex.commands.inspect import app
-from tests.support.ports import free_ports
 
 ARGUMENTS = {
     "top": ["--once"],

@@ -4,13 +4,13 @@ import json
 
 import msgspec
 
+from connectors.bench.ports import free_ports
 from gateway.plan import Candidate, Choice, Demand, weigh
 from gateway.profile import Profile
 from gateway.receipts import Receipt
 from gateway.tiers import SPEEDS, TierPart, TierSpeed
 from kvindex.errors import AdminUnavailable, ConfigError
 from kvindex.worker import Load, Tier, WorkerState
-from tests.support.ports import free_ports
 from tests.support.workers import make_worker
 
 WORKER = make_worker("10.0.0.1:8000")

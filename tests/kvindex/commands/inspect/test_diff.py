@@ -5,13 +5,13 @@ import random
 
 import pytest
 
+from connectors.bench.ports import free_ports
 from kvindex.commands.inspect.diff import compare
 from kvindex.config import IndexConfig
 from kvindex.errors import ConfigError, IndexUnavailable
 from kvindex.memory_index import MemoryIndex, MemoryIndexReader, MemoryIndexWriter
 from kvindex.redis_index import RedisIndexReader
 from kvindex.worker import Batch
-from tests.support.ports import free_ports
 from tests.support.workers import make_worker
 
 

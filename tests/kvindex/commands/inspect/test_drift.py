@@ -5,6 +5,7 @@ import json
 import pytest
 import redis
 
+from connectors.bench.ports import free_ports
 from kvindex.commands.inspect.drift import compare
 from kvindex.config import IndexConfig
 from kvindex.errors import IndexUnavailable
@@ -12,7 +13,6 @@ from kvindex.keys import bucket_key
 from kvindex.memory_index import MemoryIndex, MemoryIndexReader, MemoryIndexWriter
 from kvindex.redis_index import RedisIndexReader
 from kvindex.worker import Batch
-from tests.support.ports import free_ports
 from tests.support.workers import make_worker
 
 

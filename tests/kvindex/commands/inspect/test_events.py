@@ -5,8 +5,8 @@ import signal
 import subprocess
 import sys
 
+from connectors.bench.ports import free_ports
 from kvindex.errors import IndexUnavailable
-from tests.support.ports import free_ports
 
 
 def lines(output: str) -> list[dict[str, object]]:

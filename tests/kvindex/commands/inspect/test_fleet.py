@@ -5,10 +5,10 @@ import json
 
 import pytest
 
+from connectors.bench.ports import free_ports
 from kvindex.config import IndexConfig
 from kvindex.errors import ConfigError, IndexUnavailable
 from kvindex.redis_index import RedisIndexReader
-from tests.support.ports import free_ports
 
 
 def test_workers(inspect, redis_url, worker):

@@ -6,6 +6,7 @@ import sys
 
 import pytest
 
+from connectors.bench.ports import free_ports
 from kvindex.commands.inspect.admin_api import Chain
 from kvindex.commands.inspect.heatmap import BLOCKS_PER_COLUMN, look_up
 from kvindex.config import IndexConfig
@@ -14,7 +15,6 @@ from kvindex.redis_index import RedisIndexReader, RedisIndexWriter
 from kvindex.stores import Store
 from kvindex.worker import Batch, Tier
 from tests.kvindex.commands.inspect.views import view_of_chain, view_of_prompt
-from tests.support.ports import free_ports
 
 
 @pytest.fixture

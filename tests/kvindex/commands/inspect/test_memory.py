@@ -5,8 +5,8 @@ import random
 
 import redis
 
+from connectors.bench.ports import free_ports
 from kvindex.errors import IndexUnavailable
-from tests.support.ports import free_ports
 
 
 def test_what_it_measures_is_what_redis_has_allocated(inspect, redis_url, publisher):

@@ -9,13 +9,13 @@ import sys
 
 import pytest
 
+from connectors.bench.ports import free_ports
 from kvindex.commands.inspect.top import _view, read_frame
 from kvindex.config import IndexConfig
 from kvindex.errors import IndexUnavailable
 from kvindex.redis_index import RedisIndexReader
 from kvindex.worker import Load
 from tests.kvindex.commands.inspect.views import view_of_prompt
-from tests.support.ports import free_ports
 
 TRAFFIC = {
     "covered_s": 42.0,
