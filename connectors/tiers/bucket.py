@@ -121,10 +121,15 @@ class BucketTier(S3L2Adapter):
             threading.Thread(target=self._count_objects, name="bucket-tier-count", daemon=True).start()
 
     def close(self) -> None:
-        """Let what is under way end."""
+        """Cancel what is under way, and wait until awscrt's client has ended. Idempotent."""
+        if self._closed:
+            return
         self._meter.stop()
+        client_ended = self._s3_client.shutdown_event
         super().close()
         self._pool.shutdown()
+        if not client_ended.wait(self._deadline_s):
+            _log.warning("tier_client_not_ended", tier=self._location.url)
 
     def _count_objects(self) -> None:
         from botocore.exceptions import BotoCoreError, ClientError
@@ -316,14 +321,13 @@ class BucketTier(S3L2Adapter):
         found = bytearray(SEAL_BYTES)
         size = len(content)
         num_received = 0
-        address = memory.data_ptr
 
         def take(chunk: bytes, offset: int, **_: Any) -> None:  # noqa: ANN401 - awscrt's
             nonlocal num_received
             num_received += len(chunk)
             # What is too long is not stored: behind this memory is another chunk's.
             inside = max(0, min(len(chunk), size - offset))
-            ctypes.memmove(address + offset, chunk, inside)
+            ctypes.memmove(memory.data_ptr + offset, chunk, inside)
             rest = chunk[inside : size + SEAL_BYTES - offset]
             start = offset + inside - size
             found[start : start + len(rest)] = rest
@@ -368,13 +372,18 @@ class BucketTier(S3L2Adapter):
             **callbacks,
         )
         ended = asyncio.wrap_future(handle.finished_future)
-        done, _ = await asyncio.wait([ended], timeout=self._deadline_s)
-        if not done:
-            handle.cancel()
-            await asyncio.wait([ended])
-            if ended.exception() is not None:
-                raise TimeoutError(f"no answer in {self._deadline_s:.0f} s")
-        ended.result()
+        try:
+            await asyncio.wait([ended], timeout=self._deadline_s)
+        finally:
+            # Late, or `close` cancels this task.
+            if is_cancelled := not ended.done():
+                handle.cancel()
+                await asyncio.wait([ended])
+            # awscrt keeps the error for as long as there is a handle, and the error's traceback this frame.
+            del handle
+            error = ended.exception()
+        if error is not None:
+            raise TimeoutError(f"no answer in {self._deadline_s:.0f} s") if is_cancelled else error
 
 
 class _Body:

@@ -1,11 +1,13 @@
 """A real S3 that answers late is known to be slow, and to be fast again, and holds no lookup up."""
 
+import time
 from collections.abc import Iterator
+from pathlib import Path
 from typing import Any, NamedTuple
 
 import pytest
 
-from tests.connectors.tiers.test_stores import S3Store, content, find, get, put
+from tests.connectors.tiers.test_stores import SIZE, Memory, S3Store, content, find, get, key, put
 from tests.support.relay import Relay, relay
 from tests.support.tiers import S3Server, s3_server, wait_until
 
@@ -17,6 +19,7 @@ class SlowS3(NamedTuple):
 
     tier: Any
     relay: Relay
+    store: S3Store
     behind: S3Store
 
     def predicted_ms(self, num_bytes: float) -> float:
@@ -30,7 +33,7 @@ def slow(tmp_path: Any) -> Iterator[SlowS3]:
     with s3_server() as server, relay(server.port) as between:
         store = S3Store(S3Server(between.port, server.process), "slow")
         tier = store.open(probe_interval_s=0.05, lookup_s=LATE_S)
-        yield SlowS3(tier, between, S3Store(server, "slow"))
+        yield SlowS3(tier, between, store, S3Store(server, "slow"))
         between.delay_s = 0.0
         tier.close()
 
@@ -74,3 +77,23 @@ def test_an_answer_that_comes_late_is_remembered_and_locks_nothing(slow: SlowS3)
     assert find(slow.tier, 1) == [False]
     wait_until(lambda: find(slow.tier, 1) == [True])
     wait_until(lambda: sum(slow.tier._locked_keys.values()) == 1)
+
+
+def num_client_threads() -> int:
+    return sum(each.read_text().startswith("Aws") for each in Path("/proc/self/task").glob("*/comm"))
+
+
+def test_a_load_that_is_under_way_when_the_tier_closes_writes_nothing_later(slow: SlowS3):
+    others = num_client_threads()
+    tier = slow.store.open()
+    assert put(tier, 1)
+    # What was not found keeps nothing of the client alive.
+    assert find(tier, 1, 9) == [True, False]
+    slow.relay.delay_s = 2 * LATE_S
+    memory = Memory()
+    tier.submit_load_task([key(1)], [memory])
+    time.sleep(LATE_S)
+    tier.close()
+    wait_until(lambda: num_client_threads() == others)
+    time.sleep(2 * LATE_S)
+    assert memory.content() == bytes(SIZE)
