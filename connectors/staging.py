@@ -117,8 +117,10 @@ class StagingRing:
 class Copier:
     """Copies between cache and staging. On one event loop, which looks after the wire meanwhile.
 
-    On a CPU a thread copies. On a GPU the copy is enqueued on a stream of its own by the event loop itself,
-    which then asks for its end: handing it to a thread and back takes longer than the copy.
+    On a CPU a thread copies. On a GPU that thread waits for the work before the copy, which may take as long
+    as a step of the engine: who asked for its end again and again would keep the interpreter from the engine.
+    The copy is enqueued on a stream of its own by the event loop itself, which then does ask for its end:
+    handing it to the thread and back takes longer than the copy.
     """
 
     def __init__(self, device: torch.device) -> None:
@@ -130,12 +132,13 @@ class Copier:
 
     async def run(self, copy: Callable[[], None], after: torch.cuda.Event | None = None) -> None:
         """Run `copy`, on a GPU after the work that `after` marks; return when it is complete."""
+        run_in_thread = asyncio.get_running_loop().run_in_executor
         if self._stream is None:
-            await asyncio.get_running_loop().run_in_executor(self._executor, copy)
+            await run_in_thread(self._executor, copy)
             return
+        if after is not None and not after.query():  # type: ignore[no-untyped-call]
+            await run_in_thread(self._executor, after.synchronize)
         with torch.cuda.stream(self._stream):
-            if after is not None:
-                self._stream.wait_event(after)
             copy()
             copied = self._stream.record_event()
         while not copied.query():  # noqa: ASYNC110 - a GPU's event can only be asked

@@ -300,10 +300,13 @@ def cache_geometry(
 
 
 def record_event() -> torch.cuda.Event | None:
-    """Return an event behind what was enqueued on this thread's GPU stream, or None without a GPU."""
+    """Return an event behind what was enqueued on this thread's GPU stream, or None without a GPU.
+
+    Who waits for it sleeps.
+    """
     if not torch.cuda.is_available():
         return None
-    event = torch.cuda.Event()  # type: ignore[no-untyped-call]
+    event = torch.cuda.Event(blocking=True)  # type: ignore[no-untyped-call]
     event.record()
     return event
 
