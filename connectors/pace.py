@@ -49,10 +49,14 @@ class Pace:
 
     Args:
         clock: seconds.
+        forget_after_s: without observations for so long nothing is known any more; None: what is known stays.
     """
 
-    def __init__(self, clock: Callable[[], float] = time.monotonic) -> None:
+    def __init__(
+        self, clock: Callable[[], float] = time.monotonic, forget_after_s: float | None = None
+    ) -> None:
         self._clock = clock
+        self._forget_after_s = forget_after_s
         self._observed: deque[tuple[float, Moved]] = deque(maxlen=KEPT)
         self.num_observed = 0
         self._line = Line()
@@ -69,7 +73,12 @@ class Pace:
         if (num_observed := self.num_observed) != self._line_of:
             self._line_of = num_observed
             self._line = _fit(list(self._observed.copy()))
-        return self._line
+        return Line() if self._is_forgotten() else self._line
+
+    def _is_forgotten(self) -> bool:
+        if self._forget_after_s is None or not self._observed:
+            return False
+        return self._clock() - self._observed[-1][0] >= self._forget_after_s
 
 
 def _fit(observed: Sequence[tuple[float, Moved]]) -> Line:

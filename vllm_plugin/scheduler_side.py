@@ -35,6 +35,11 @@ if TYPE_CHECKING:
 
     from vllm_plugin.tier_scheduler import TierScheduler
 
+WIRE_FORGOTTEN_AFTER_S = 300.0
+"""Plans leave a slow wire alone, and then nobody would notice that it is fast again: after so long without a
+transfer one is tried, like any wire that nobody has measured (`gateway.split.HOPED_FOR`).
+"""
+
 
 class SchedulerSide:
     """Publishes one engine rank from `start` to `stop`, and composes transfer and tiers; each may be off.
@@ -84,7 +89,7 @@ class SchedulerSide:
         self._frees = Frees()
         self._load: LoadTracker | None = None
         self._times = StepTimes()
-        self._pace = Pace()
+        self._pace = Pace(forget_after_s=WIRE_FORGOTTEN_AFTER_S)
         self._loads = LoadTimes(self.worker.bytes_per_token)
         self._publisher: Publisher | None = None
 

@@ -44,6 +44,19 @@ class Clock:
         return self.now_s
 
 
+def test_what_is_old_may_be_forgotten():
+    clock = Clock()
+    paces = Pace(clock, forget_after_s=300), Pace(clock)
+    for pace in paces:
+        pace.observe(Moved(10**9, 1.0))
+    known = paces[0].line()
+    assert known.gb_per_s == pytest.approx(1)
+    clock.now_s += 300
+    assert [pace.line() for pace in paces] == [Line(), known]
+    paces[0].observe(Moved(10**9, 0.5))
+    assert paces[0].line().gb_per_s > known.gb_per_s
+
+
 @pytest.mark.parametrize(("num_before", "pause_s"), [(KEPT, 0.0), (KEPT - 4, 5 * HALF_LIFE_S)])
 def test_the_last_ones_count_and_the_young_ones_more(num_before: int, pause_s: float):
     clock = Clock()
