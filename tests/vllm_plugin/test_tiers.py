@@ -21,10 +21,11 @@ from kvindex.config import index_config
 from kvindex.redis_index import RedisIndexReader
 from kvindex.stores import LOAD_KEY
 from kvindex.worker import Tier
+from tests.support import s3_faults
 from tests.support.cli import kvlane
 from tests.support.lora_adapter import make_adapter
 from tests.support.pair import Pair, TransferEngine
-from tests.support.s3_faults import FORBIDDEN, FaultyS3, faulty_s3_server
+from tests.support.s3_faults import Fault, FaultyS3, faulty_s3_server
 from tests.support.tiers import BUCKET, TierEngine, TierNode, environment, tier_node
 from tests.support.vllm_engine import BLOCK_SIZE, MODEL_NAME, start_engine, tiny_model
 from tests.support.waiting import eventually
@@ -145,7 +146,10 @@ async def test_another_node_loads_from_s3_what_it_never_computed(fleet: Fleet):
     prompts = [prompt(2 * CHUNK + 40) for _ in range(100)]
     computed = await stored(fleet, prompts)
     before = fleet.second.node.num_loads("s3")
-    assert await loaded(fleet.second, prompts) == (computed, 100 * 2 * CHUNK)
+    # A few at a time: what a busy machine's S3 does not answer in time is computed.
+    for start in range(0, 100, 10):
+        few = slice(start, start + 10)
+        assert await loaded(fleet.second, prompts[few]) == (computed[few], 10 * 2 * CHUNK)
     await eventually(lambda: fleet.second.node.num_loads("s3") > before, PATIENCE_S)
 
 
@@ -504,22 +508,32 @@ async def test_tiers_are_warmed_and_emptied_by_command(fleet: Fleet, tmp_path: P
     assert num_tokens == 0
 
 
-async def test_a_bucket_that_refuses_is_left_alone_and_comes_back_by_itself(fleet: Fleet):
+FAULTS = {
+    "403": s3_faults.FORBIDDEN,
+    "expired": s3_faults.EXPIRED,
+    "500": s3_faults.FAILING,
+    "silent": s3_faults.SILENT,
+    "loads cut": s3_faults.CUT.of("GET"),
+}
+
+
+@pytest.mark.parametrize("fault", FAULTS.values(), ids=FAULTS)
+async def test_a_bucket_that_fails_is_left_alone_and_comes_back_by_itself(fleet: Fleet, fault: Fault):
     prompts = [prompt(2 * CHUNK + 5) for _ in range(2)]
     computed = await stored(fleet, prompts)
     node = fleet.second.node
-    with fleet.s3.failing(FORBIDDEN):
+    with fleet.s3.failing(fault):
         assert await loaded(fleet.second, prompts) == (computed, 0)
-        assert node.is_off("s3")
+        await eventually(lambda: node.is_off("s3"), PATIENCE_S)
 
     async def is_back() -> bool:
         node.clear_memory()
         outputs, num_tokens = await loaded(fleet.second, prompts)
         assert outputs == computed
-        return num_tokens == 2 * 2 * CHUNK
+        # A request of before may still fail and switch it off once more.
+        return num_tokens == 2 * 2 * CHUNK and not node.is_off("s3")
 
     await eventually(is_back, PATIENCE_S)
-    assert not node.is_off("s3")
 
 
 async def test_a_bucket_that_is_gone_switches_itself_off(fleet: Fleet):
