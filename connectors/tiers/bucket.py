@@ -42,6 +42,13 @@ _SMALLEST_PART_BYTES = 5 << 20
 """S3's own limit."""
 
 
+_credentials: list[Any] = []
+"""Of all tiers there were. A request that is cancelled while it is signed may be the last to have them, and
+lets go of what they call without the interpreter's lock, which ends the process.
+
+Source: awscrt 0.38 `source/auth_credentials.c`, `s_credentials_provider_shutdown_complete`.
+"""
+
 TYPE = "kvlane_s3"
 """What LMCache calls it, in settings and events."""
 
@@ -91,6 +98,7 @@ class BucketTier(S3L2Adapter):
         self._meter = LoadMeter("s3", self._probe, config.probe_interval_s)
         self._is_counted = False
         super().__init__(config)
+        _credentials.append(self._credentials_provider)
         self._endpoint = config.location.host
         self._max_capacity_bytes = config.max_bytes
 
