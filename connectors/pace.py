@@ -49,7 +49,8 @@ class Pace:
 
     Args:
         clock: seconds.
-        forget_after_s: without observations for so long nothing is known any more; None: what is known stays.
+        forget_after_s: without observations for so long nothing is known any more, and the next one is the
+            first; None: what is known stays.
     """
 
     def __init__(
@@ -65,7 +66,10 @@ class Pace:
     def observe(self, moved: Moved) -> None:
         """Take something that was moved into account."""
         if moved.num_bytes > 0 and moved.seconds > 0:
-            self._observed.append((self._clock(), moved))
+            if self._is_forgotten():
+                self._observed = deque([(self._clock(), moved)], KEPT)
+            else:
+                self._observed.append((self._clock(), moved))
             self.num_observed += 1
 
     def line(self) -> Line:
