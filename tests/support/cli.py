@@ -6,6 +6,8 @@ import sys
 from pathlib import Path
 
 KVLANE = Path(sys.executable).with_name("kvlane")
+INTERRUPTIBLE = ("env", "--default-signal=INT", str(KVLANE))
+"""The command where it is to be sent SIGINT, which tests in the background of a shell ignore."""
 
 
 def kvlane(*arguments: str, stdin: str = "", **env: str) -> subprocess.CompletedProcess[str]:

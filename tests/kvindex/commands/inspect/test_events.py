@@ -3,10 +3,10 @@
 import json
 import signal
 import subprocess
-import sys
 
 from connectors.bench.ports import free_ports
 from kvindex.errors import IndexUnavailable
+from tests.support.cli import INTERRUPTIBLE
 
 
 def lines(output: str) -> list[dict[str, object]]:
@@ -36,9 +36,7 @@ def test_the_last_lines_with_and_without_evictions(inspect, redis_url, publisher
 
 
 def test_following(redis_url, publisher, worker):
-    # Whoever runs the tests in the background has interrupts ignored.
-    command = ["env", "--default-signal=INT", sys.executable, "-m", "kvindex.cli"]
-    command += ["inspect", "events", "--follow", "--json", "--redis-url", redis_url]
+    command = [*INTERRUPTIBLE, "inspect", "events", "--follow", "--json", "--redis-url", redis_url]
     with subprocess.Popen(command, stdout=subprocess.PIPE, text=True) as process:
         assert json.loads(process.stdout.readline())["kind"] == "opened"
         publisher.change(worker, removed=(0xCAFE,))

@@ -5,7 +5,6 @@ import os
 import pty
 import signal
 import subprocess
-import sys
 
 import pytest
 
@@ -16,6 +15,7 @@ from kvindex.errors import IndexUnavailable
 from kvindex.redis_index import RedisIndexReader
 from kvindex.worker import Load
 from tests.kvindex.commands.inspect.views import view_of_prompt
+from tests.support.cli import INTERRUPTIBLE
 
 TRAFFIC = {
     "covered_s": 42.0,
@@ -73,9 +73,8 @@ def test_without_redis_there_is_one_line(inspect):
 
 
 def test_it_watches_until_it_is_interrupted(redis_url, worker, gateway):
-    # Whoever runs the tests in the background has interrupts ignored.
-    command = ["env", "--default-signal=INT", sys.executable, "-m", "kvindex.cli", "inspect", "top"]
-    command += ["--interval", "0.2", "--redis-url", redis_url, "--admin", gateway]
+    command = [*INTERRUPTIBLE, "inspect", "top", "--interval", "0.2"]
+    command += ["--redis-url", redis_url, "--admin", gateway]
     terminal, inside = pty.openpty()
     with subprocess.Popen(command, stdin=inside, stdout=inside, stderr=inside) as process:
         try:
