@@ -93,22 +93,16 @@ class Channel:
         While it is not, nothing happens.
         """
         heart = asyncio.create_task(self._watch(is_busy))
+        receiving = asyncio.create_task(self._receive_all(handle))
         try:
-            while not self.lost.done():
-                receiving = asyncio.ensure_future(self.receive())
-                await asyncio.wait((receiving, self.lost), return_when=asyncio.FIRST_COMPLETED)
-                if not receiving.done():
-                    receiving.cancel()
-                    break
-                message = receiving.result()
-                if isinstance(message, Ping):
-                    self.send(Pong())
-                elif not isinstance(message, Pong):
-                    handle(message)
+            await asyncio.wait((receiving, self.lost), return_when=asyncio.FIRST_COMPLETED)
+            if receiving.done():
+                receiving.result()
         except TransferError as error:
             self.lose(error)
         finally:
             heart.cancel()
+            receiving.cancel()
             self.lose(PeerLost(f"{self.name}: this side has closed the connection"))
 
     def lose(self, error: TransferError) -> None:
@@ -117,6 +111,17 @@ class Channel:
             self.lost.set_result(error)
             with suppress(OSError):
                 self._writer.close()
+
+    async def _receive_all(self, handle: Callable[[AnyMessage], None]) -> None:
+        """Hand over every message. One task for all of them: what has come in one piece costs one turn of the
+        event loop.
+        """
+        while not self.lost.done():
+            message = await self.receive()
+            if isinstance(message, Ping):
+                self.send(Pong())
+            elif not isinstance(message, Pong):
+                handle(message)
 
     async def _watch(self, is_busy: Callable[[], bool]) -> None:
         interval_s = self._timeout_s / PINGS_PER_TIMEOUT

@@ -13,7 +13,8 @@ from connectors import metrics
 from connectors.channel import Channel
 from connectors.config import TransferConfig
 from connectors.errors import PeerLost, PeerRefused, ProtocolError, TransferError
-from connectors.geometry import Chunk, Geometry, Source, Wire, block_span, sources
+from connectors.gaps import Gaps
+from connectors.geometry import Chunk, Geometry, Source, Wire, sources
 from connectors.kv_cache import KVCache
 from connectors.messages import AnyMessage, Cancel, ChunkOffered, End, Failed, Subscribe
 from connectors.params import TransferParams
@@ -48,8 +49,8 @@ class Incoming:
     """The request's physical blocks, from position 0 on."""
     tokens: range
     """Positions that are wanted: from the first that is missing to the end of the prompt."""
-    num_missing: dict[int, int] = field(default_factory=dict)
-    """By index in `block_ids`: how many heads of tokens of layers have not arrived."""
+    gaps: Gaps
+    """What of them has not arrived."""
     is_cancelled: bool = False
     num_bytes: int = 0
     """That have arrived."""
@@ -132,14 +133,11 @@ class Receiver:
             tokens: positions that are wanted; the first is the first of a block.
         """
         geometry = self._cache.geometry
-        incoming = Incoming(params, block_ids, tokens)
-        for block in block_span(tokens, geometry.block_size):
-            start, size = block * geometry.block_size, geometry.block_size
-            num_tokens = min(start + size, tokens.stop) - max(start, tokens.start)
-            incoming.num_missing[block] = num_tokens * geometry.num_layers * len(geometry.heads)
+        gaps = Gaps(tokens, geometry.block_size, geometry.num_layers * len(geometry.heads))
+        incoming = Incoming(params, block_ids, tokens, gaps)
         if params.transfer_id in self._live:
             _log.warning("transfer_refused", transfer_id=params.transfer_id, reason="it is under way already")
-            return Received({block_ids[block] for block in incoming.num_missing}, 0, 0.0)
+            return Received({block_ids[block] for block in gaps.blocks()}, 0, 0.0)
         self._live[params.transfer_id] = incoming
         outcomes = await asyncio.gather(
             *(self._receive(incoming, source) for source in sources(geometry, params.peer_tp_size)),
@@ -201,7 +199,7 @@ class Receiver:
         for error in errors:
             if not isinstance(error, TransferError):
                 raise error
-        missing = {incoming.block_ids[block] for block, num in incoming.num_missing.items() if num > 0}
+        missing = {incoming.block_ids[block] for block in incoming.gaps.blocks()}
         if not errors and missing:
             errors.append(ProtocolError(f"{incoming.params.peer}: it ended before it had sent everything"))
         outcome = "done" if not errors else "cancelled" if incoming.is_cancelled else type(errors[0]).__name__
@@ -265,7 +263,8 @@ class Receiver:
     ) -> ChunkOffered | None:
         """Return the next chunk, or None at the end."""
         try:
-            message = await asyncio.wait_for(inbox.get(), self._config.chunk_timeout_s)
+            async with asyncio.timeout(self._config.chunk_timeout_s):
+                message = await inbox.get()
         except TimeoutError as error:
             raise PeerLost(
                 f"{sender.channel.name}: no chunk came for {self._config.chunk_timeout_s:g} s"
@@ -324,8 +323,4 @@ class Receiver:
         finally:
             self.ring.release(index, request)
             incoming.end_chunk(self._now())
-        size = self._cache.geometry.block_size
-        for block in block_span(chunk.tokens, size):
-            start = max(block * size, chunk.first_token)
-            num_tokens = min((block + 1) * size, chunk.tokens.stop) - start
-            incoming.num_missing[block] -= num_tokens * chunk.num_layers * sender.wire.num_heads
+        incoming.gaps.fill(chunk.tokens, chunk.num_layers * sender.wire.num_heads)
