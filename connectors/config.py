@@ -35,6 +35,7 @@ class TransferConfig(BaseSettings):
     chunk_bytes: int | None = Field(
         None,
         ge=4096,
+        multiple_of=4096,
         description="Size of a staging buffer, and of a message to a peer whose buffers are not smaller. "
         "Default: 4 MiB on a CPU, 32 MiB on a GPU.",
     )

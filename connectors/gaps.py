@@ -38,4 +38,6 @@ class Gaps:
     def _tokens_by_block(self, tokens: range) -> npt.NDArray[np.int64]:
         span = block_span(tokens, self._block_size)
         starts = np.arange(span.start, span.stop) * self._block_size
-        return np.minimum(starts + self._block_size, tokens.stop) - np.maximum(starts, tokens.start)
+        num_tokens: npt.NDArray[np.int64] = np.minimum(starts + self._block_size, tokens.stop)
+        num_tokens -= np.maximum(starts, tokens.start)
+        return num_tokens

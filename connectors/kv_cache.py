@@ -4,11 +4,15 @@ from __future__ import annotations
 
 import ctypes
 from collections.abc import Sequence
+from typing import TYPE_CHECKING
 
 import torch
 
 from connectors.geometry import Chunk, Geometry, Layout, Wire, block_span, pieces
 from kvindex.errors import ConfigError
+
+if TYPE_CHECKING:
+    from connectors.block_copy import BlockCopy
 
 CANONICAL = "KTHD"
 
@@ -31,6 +35,7 @@ class KVCache:
         self.device = layers[0].device
         self._planes = [self._planes_of(layer) for layer in layers]
         """Per layer, per plane: (blocks, *block_shape)."""
+        self._block_copy = _block_copy([plane for planes in self._planes for plane in planes])
 
     @property
     def num_blocks(self) -> int:
@@ -49,6 +54,9 @@ class KVCache:
         if wire.is_blocks:
             span = block_span(chunk.tokens, self.geometry.block_size)
             ids = self._index(block_ids[span.start : span.stop])
+            if self._block_copy is not None and self._is_whole(wire):
+                self._block_copy.gather(*self._plane_span(chunk), ids, buffer)
+                return
             for plane, part in self._parts(chunk, len(ids), wire, buffer):
                 if part.shape[1:] == plane.shape[1:]:
                     torch.index_select(plane, 0, ids, out=part)
@@ -72,6 +80,9 @@ class KVCache:
         if wire.is_blocks:
             span = block_span(chunk.tokens, self.geometry.block_size)
             ids = self._index(block_ids[span.start : span.stop])
+            if self._block_copy is not None and self._is_whole(wire):
+                self._block_copy.scatter(*self._plane_span(chunk), ids, buffer)
+                return
             for plane, part in self._parts(chunk, len(ids), wire, buffer):
                 if part.shape[1:] == plane.shape[1:]:
                     _put_blocks(plane, ids, part)
@@ -109,6 +120,15 @@ class KVCache:
     def _index(self, block_ids: Sequence[int]) -> torch.Tensor:
         return torch.tensor(block_ids, dtype=torch.int64).to(self.device, non_blocking=True)
 
+    def _is_whole(self, wire: Wire) -> bool:
+        """Whether blocks on the wire have all heads of those in the cache."""
+        return self.geometry.layout is not Layout.PACKED or wire.num_heads == len(self.geometry.heads)
+
+    def _plane_span(self, chunk: Chunk) -> tuple[int, int]:
+        """Return the first of a chunk's planes, among those of all layers, and how many they are."""
+        num_planes = self.geometry.num_planes
+        return chunk.first_layer * num_planes, chunk.num_layers * num_planes
+
     def _heads(self, wire: Wire) -> slice:
         if self.geometry.layout is Layout.MLA:
             return slice(0, 1)
@@ -140,6 +160,14 @@ class KVCache:
             shape[0] = wire.num_heads
         parts = buffer.view(planes[0].dtype).view(len(planes), num_blocks, *shape)
         return list(zip(planes, parts, strict=True))
+
+
+def _block_copy(planes: Sequence[torch.Tensor]) -> BlockCopy | None:
+    if not planes[0].is_cuda:
+        return None
+    from connectors.block_copy import BlockCopy  # Triton is there where torch has a GPU
+
+    return BlockCopy(planes) if BlockCopy.is_possible(planes) else None
 
 
 def _put_blocks(plane: torch.Tensor, ids: torch.Tensor, blocks: torch.Tensor) -> None:

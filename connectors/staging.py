@@ -14,6 +14,8 @@ from connectors.errors import StagingExhausted
 from connectors.transport import Request
 
 POISON = 0xA5
+EAGER_QUERIES = 20
+"""So often a copy's end is asked for without a pause; then the thread waits for it."""
 
 
 class StagingRing:
@@ -119,14 +121,15 @@ class Copier:
 
     On a CPU a thread copies. On a GPU that thread waits for the work before the copy, which may take as long
     as a step of the engine: who asked for its end again and again would keep the interpreter from the engine.
-    The copy is enqueued on a stream of its own by the event loop itself, which then does ask for its end:
-    handing it to the thread and back takes longer than the copy.
+    The copy is enqueued on a stream of its own by the event loop itself, which then does ask for its end a
+    few times: handing it to the thread and back takes longer than most copies.
     """
 
     def __init__(self, device: torch.device) -> None:
         self._stream: Any = None
         if device.type == "cuda":
-            self._stream = torch.cuda.Stream(device)  # type: ignore[no-untyped-call]
+            # Before the engine's kernels: a copy is short, and a peer waits for it.
+            self._stream = torch.cuda.Stream(device, priority=-1)  # type: ignore[no-untyped-call]
         # One thread beside the engine's: torch would start as many again for each.
         self._executor = ThreadPoolExecutor(1, "kvlane-copy", initializer=lambda: torch.set_num_threads(1))
 
@@ -138,11 +141,15 @@ class Copier:
             return
         if after is not None and not after.query():  # type: ignore[no-untyped-call]
             await run_in_thread(self._executor, after.synchronize)
+        copied = torch.cuda.Event(blocking=True)  # type: ignore[no-untyped-call]
         with torch.cuda.stream(self._stream):
             copy()
-            copied = self._stream.record_event()
-        while not copied.query():  # noqa: ASYNC110 - a GPU's event can only be asked
+            copied.record()
+        for _ in range(EAGER_QUERIES):
+            if copied.query():  # type: ignore[no-untyped-call]
+                return
             await asyncio.sleep(0)
+        await run_in_thread(self._executor, copied.synchronize)
 
     def close(self) -> None:
         """End the thread when its copies are done. Idempotent."""

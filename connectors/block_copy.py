@@ -1,0 +1,103 @@
+"""Blocks of many layers out of a GPU's cache, and back, in one kernel.
+
+A launch takes the interpreter as long as the GPU needs for some megabytes, and a chunk of 32 layers would be
+32 launches of one, in the time of the engine's own thread.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import torch
+import triton
+import triton.language as tl
+
+WORD_BYTES = 8
+WORDS = 1024
+"""Of a program."""
+
+
+@triton.jit(do_not_specialize=["first_plane", "num_blocks"])  # type: ignore[untyped-decorator]
+def _move(  # noqa: PLR0917 - Triton's launcher takes them in this order
+    planes: torch.Tensor,
+    first_plane: int,
+    ids: torch.Tensor,
+    buffer: torch.Tensor,
+    num_blocks: int,
+    block_words: int,
+    block_stride: int,
+    is_gather: tl.constexpr,
+    words: tl.constexpr,
+) -> None:
+    position = tl.program_id(0).to(tl.int64)
+    plane = tl.program_id(1).to(tl.int64)
+    offsets = tl.program_id(2) * words + tl.arange(0, words)
+    is_inside = offsets < block_words
+    cache = tl.load(planes + first_plane + plane).to(tl.pointer_type(tl.int64))
+    cached = cache + tl.load(ids + position) * block_stride + offsets
+    staged = buffer + (plane * num_blocks + position) * block_words + offsets
+    if is_gather:
+        tl.store(staged, tl.load(cached, is_inside), is_inside)
+    else:
+        tl.store(cached, tl.load(staged, is_inside), is_inside)
+
+
+class BlockCopy:
+    """Copies whole blocks of planes that are alike.
+
+    Args:
+        planes: tensors of (blocks, *block), for which `is_possible`. Not owned; they must stay where they
+            are. Nothing may be at work in them yet: compiling the kernel copies a block out and back.
+    """
+
+    def __init__(self, planes: Sequence[torch.Tensor]) -> None:
+        first = planes[0]
+        self._planes = torch.tensor([plane.data_ptr() for plane in planes], device=first.device)
+        self._block_words = first[0].nbytes // WORD_BYTES
+        self._block_stride = first.stride(0) * first.itemsize // WORD_BYTES
+        ids = torch.zeros(1, dtype=torch.int64, device=first.device)
+        block = torch.empty(first[0].nbytes, dtype=torch.uint8, device=first.device)
+        self.gather(0, 1, ids, block)
+        self.scatter(0, 1, ids, block)
+
+    @staticmethod
+    def is_possible(planes: Sequence[torch.Tensor]) -> bool:
+        """Whether blocks are contiguous, equally far apart in all planes, and whole words."""
+        strides = {plane.stride(0) * plane.itemsize for plane in planes}
+        sizes = [plane[0].nbytes for plane in planes] + [plane.data_ptr() for plane in planes] + [*strides]
+        return (
+            len(strides) == 1
+            and all(plane[0].is_contiguous() for plane in planes)
+            and all(size % WORD_BYTES == 0 for size in sizes)
+        )
+
+    def gather(self, first_plane: int, num_planes: int, ids: torch.Tensor, buffer: torch.Tensor) -> None:
+        """Enqueue copying blocks out of some planes.
+
+        Args:
+            first_plane: and so many from there on.
+            num_planes: how many.
+            ids: of the blocks; int64, on the planes' device.
+            buffer: contiguous uint8, becomes (planes, blocks, *block).
+        """
+        self._enqueue(first_plane, num_planes, ids, buffer, is_gather=True)
+
+    def scatter(self, first_plane: int, num_planes: int, ids: torch.Tensor, buffer: torch.Tensor) -> None:
+        """Enqueue copying blocks back; the arguments are those of `gather`."""
+        self._enqueue(first_plane, num_planes, ids, buffer, is_gather=False)
+
+    def _enqueue(
+        self, first_plane: int, num_planes: int, ids: torch.Tensor, buffer: torch.Tensor, *, is_gather: bool
+    ) -> None:
+        grid = (len(ids), num_planes, triton.cdiv(self._block_words, WORDS))
+        _move[grid](
+            self._planes,
+            first_plane,
+            ids,
+            buffer.view(torch.int64),
+            len(ids),
+            self._block_words,
+            self._block_stride,
+            is_gather=is_gather,
+            words=WORDS,
+        )
