@@ -105,6 +105,7 @@ async def _measure(
 
     async def split(tokens: list[int], max_tokens: int) -> AsyncIterator[float]:
         computing, params = _send(prefill, tokens)
+        await asyncio.sleep(0)  # so that it is on its way first
         async for moment in decode.ask(tokens, max_tokens, params):
             yield moment
         await computing
