@@ -110,7 +110,7 @@ class KVMover:
         self, transfer_id: str, block_ids: list[int], num_tokens: int, event: torch.cuda.Event | None
     ) -> None:
         """Say that a request's first tokens are in these blocks, on a GPU once `event` has passed."""
-        self._begin(self._sender.computed(transfer_id, block_ids, num_tokens, event))
+        self._loop.call_soon_threadsafe(self._sender.computed, transfer_id, block_ids, num_tokens, event)
 
     def suspend(self, transfer_id: str) -> None:
         """Stop reading a request's blocks, which it loses, until they are computed again. Waits for the
@@ -186,9 +186,10 @@ class KVMover:
             torch.cuda.set_device(self._cache.device)
             torch.cuda.synchronize()
         self._choice = TransportChoice(config.transport)
-        self._copier = Copier(self._cache.device)
-        self._sender = Sender(self._cache, self._transport, self._copier, config)
-        self._receiver = Receiver(self._cache, self._connect, self._transport, self._copier, config)
+        # One for each direction: what was received must not wait for the step that computes what is sent.
+        self._copiers = Copier(self._cache.device), Copier(self._cache.device)
+        self._sender = Sender(self._cache, self._transport, self._copiers[0], config)
+        self._receiver = Receiver(self._cache, self._connect, self._transport, self._copiers[1], config)
         self._is_registered = False
         port = config.transfer_port + self._cache.geometry.tp_rank
         tls = config.transfer_tls
@@ -216,7 +217,8 @@ class KVMover:
         for task in pending:
             task.cancel()
         self._choice.close()
-        self._copier.close()
+        for copier in self._copiers:
+            copier.close()
 
     async def _receive(
         self, request_id: str, params: TransferParams, block_ids: Sequence[int], tokens: range

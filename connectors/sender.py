@@ -14,11 +14,14 @@ import torch
 
 from connectors import metrics
 from connectors.channel import Channel
+from connectors.condition import Condition
 from connectors.config import TransferConfig
 from connectors.errors import PeerLost, TransferAborted, TransferError, TransferTimeout
+from connectors.fill import least_fill
 from connectors.geometry import Chunk, Geometry, Source, Wire, num_receivers, plan_chunks, sources
 from connectors.kv_cache import KVCache
 from connectors.messages import ChunkOffered, End, Failed, Subscribe
+from connectors.pace import Moved, Pace
 from connectors.staging import Copier, StagingRing
 from connectors.transport import Peer, Request, Transport
 
@@ -27,11 +30,6 @@ _log = structlog.get_logger(__name__)
 REMEMBERED_IDS = 100_000
 """Ids of ended transfers that are known to be used. Older ones are unknown, which is refused as well, but
 later.
-"""
-
-MIN_FILL = 0.25
-"""Of a chunk: less waits for the next step's blocks. Each chunk takes time from the engine's own thread, and
-small ones together no longer on the wire.
 """
 
 
@@ -44,6 +42,8 @@ class Receiver:
     peer: Peer
     chunk_bytes: int
     """Most that a chunk for it may have: what fits into a buffer at both ends."""
+    pace: Pace = field(default_factory=Pace)
+    """How long chunks to it were on their way."""
 
 
 @dataclass(eq=False)
@@ -68,7 +68,7 @@ class Outgoing:
     """By rank: those that have subscribed."""
     error: TransferError | None = None
     num_reading: int = 0
-    changed: asyncio.Condition = field(default_factory=asyncio.Condition)
+    changed: Condition = field(default_factory=Condition)
     lease: asyncio.TimerHandle | None = None
 
     @property
@@ -127,25 +127,23 @@ class Sender:
         outgoing.num_tokens, outgoing.on_end = num_tokens, on_end
         self._set_lease(outgoing, None)
 
-    async def computed(
+    def computed(
         self, transfer_id: str, block_ids: list[int], num_tokens: int, event: torch.cuda.Event | None
     ) -> None:
         """Say that the first `num_tokens` tokens are in these blocks, once `event` has passed."""
         outgoing = self._live.get(transfer_id)
         if outgoing is None:
             return
-        async with outgoing.changed:
-            outgoing.block_ids, outgoing.num_ready_tokens, outgoing.event = block_ids, num_tokens, event
-            outgoing.changed.notify_all()
+        outgoing.block_ids, outgoing.num_ready_tokens, outgoing.event = block_ids, num_tokens, event
+        outgoing.changed.notify()
         if outgoing.is_computed and outgoing.lease is None:
             self._set_lease(outgoing, "no receiver came for it")
 
     async def suspend(self, transfer_id: str) -> None:
         """Read none of a transfer's blocks any more until `computed` is called again; then return."""
         if (outgoing := self._live.get(transfer_id)) is not None:
-            async with outgoing.changed:
-                outgoing.num_ready_tokens = 0
-                await outgoing.changed.wait_for(lambda: outgoing.num_reading == 0)
+            outgoing.num_ready_tokens = 0
+            await outgoing.changed.wait_for(lambda: outgoing.num_reading == 0)
 
     async def abort(self, transfer_id: str, reason: str) -> None:
         """End a transfer: its request was aborted. No block is read when this returns."""
@@ -245,7 +243,9 @@ class Sender:
         wire = Wire.between(here, receiver.geometry, source)
         sent = first_token
         token_bytes = here.num_layers * here.row_bytes(wire.num_heads)
-        min_tokens = max(1, int(MIN_FILL * receiver.chunk_bytes / token_bytes))
+        total_bytes = ((outgoing.num_tokens or 0) - first_token) * token_bytes
+        fill_bytes = min(receiver.chunk_bytes, least_fill(total_bytes, receiver.pace.line().gb_per_s))
+        min_tokens = max(1, int(fill_bytes / token_bytes))
         gathering: set[asyncio.Task[None]] = set()
         try:
             while not (outgoing.is_computed and sent >= outgoing.num_ready_tokens):
@@ -276,10 +276,9 @@ class Sender:
         return ready()
 
     async def _until(self, outgoing: Outgoing, receiver: Receiver, condition: Callable[[], bool]) -> None:
-        async with outgoing.changed:
-            await outgoing.changed.wait_for(
-                lambda: outgoing.error is not None or receiver.channel.lost.done() or condition()
-            )
+        await outgoing.changed.wait_for(
+            lambda: outgoing.error is not None or receiver.channel.lost.done() or condition()
+        )
         if outgoing.error is not None:
             raise outgoing.error
         if receiver.channel.lost.done():
@@ -301,8 +300,7 @@ class Sender:
                 )
             finally:
                 outgoing.num_reading -= 1
-                async with outgoing.changed:
-                    outgoing.changed.notify_all()
+                outgoing.changed.notify()
             ticket, request = self._transport().offer(receiver.peer, buffer)
             receiver.channel.send(ChunkOffered(outgoing.transfer_id, chunk, ticket))
         finally:
@@ -311,8 +309,11 @@ class Sender:
         self._spawn(self._watch(receiver, request, index, buffer.nbytes))
 
     async def _watch(self, receiver: Receiver, request: Request, index: int, num_bytes: int) -> None:
+        clock = asyncio.get_running_loop().time
+        offered_at = clock()
         try:
             await request.wait(self._config.chunk_timeout_s)
+            receiver.pace.observe(Moved(num_bytes, clock() - offered_at))
             metrics.BYTES.labels("send").inc(num_bytes)
         except PeerLost as error:
             receiver.channel.lose(error)
@@ -328,9 +329,8 @@ class Sender:
             self._used.popitem(last=False)
         self._set_lease(outgoing, None)
         outgoing.error = error
-        async with outgoing.changed:
-            outgoing.changed.notify_all()
-            await outgoing.changed.wait_for(lambda: outgoing.num_reading == 0)
+        outgoing.changed.notify()
+        await outgoing.changed.wait_for(lambda: outgoing.num_reading == 0)
         metrics.TRANSFERS.labels("send", type(error).__name__ if error else "done").inc()
         if error is not None:
             _log.warning("transfer_failed", transfer_id=outgoing.transfer_id, role="send", reason=str(error))

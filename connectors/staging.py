@@ -117,12 +117,12 @@ class StagingRing:
 
 
 class Copier:
-    """Copies between cache and staging. On one event loop, which looks after the wire meanwhile.
+    """Copies between cache and staging, one way. On one event loop, which looks after the wire meanwhile.
 
-    On a CPU a thread copies. On a GPU that thread waits for the work before the copy, which may take as long
-    as a step of the engine: who asked for its end again and again would keep the interpreter from the engine.
-    The copy is enqueued on a stream of its own by the event loop itself, which then does ask for its end a
-    few times: handing it to the thread and back takes longer than most copies.
+    On a CPU a thread copies. On a GPU the event loop itself enqueues the copy on a stream of its own, behind
+    the work that it must wait for: handing it to a thread takes longer. The thread waits for the end, which
+    may be as far away as a step's: who asked for it again and again would keep the interpreter from the
+    engine.
     """
 
     def __init__(self, device: torch.device) -> None:
@@ -139,13 +139,14 @@ class Copier:
         if self._stream is None:
             await run_in_thread(self._executor, copy)
             return
-        if after is not None and not after.query():  # type: ignore[no-untyped-call]
-            await run_in_thread(self._executor, after.synchronize)
+        is_soon = after is None or after.query()  # type: ignore[no-untyped-call]
         copied = torch.cuda.Event(blocking=True)  # type: ignore[no-untyped-call]
         with torch.cuda.stream(self._stream):
+            if not is_soon:
+                self._stream.wait_event(after)
             copy()
             copied.record()
-        for _ in range(EAGER_QUERIES):
+        for _ in range(EAGER_QUERIES if is_soon else 0):
             if copied.query():  # type: ignore[no-untyped-call]
                 return
             await asyncio.sleep(0)

@@ -160,8 +160,8 @@ async def test_chunks_leave_as_soon_as_they_are_computed_and_known_blocks_are_no
     transfer_id = new_transfer_id()
     receiver.receive("d", sender, transfer_id, RECEIVED, range(8, 45))  # before there is such a request
     sender.mover.open_send("p", transfer_id, 45)
-    sender.mover.computed(transfer_id, SENT[:3], 20, None)
-    first = range(8, 16)
+    sender.mover.computed(transfer_id, SENT[:4], 28, None)
+    first = range(8, 24)
     await eventually(
         lambda: torch.equal(receiver.rows(RECEIVED, first), sender.rows(SENT, first)), PATIENCE_S
     )
