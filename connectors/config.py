@@ -7,8 +7,10 @@ from pydantic_settings import BaseSettings, SettingsConfigDict
 
 from kvindex.tls import PeerTls
 
-DEFAULT_CHUNK_BYTES = {"cuda": 32 << 20}
+DEFAULT_CHUNK_BYTES = {"cuda": 64 << 20}
 """By type of device; on a GPU a chunk costs its launches and waits, whatever its size."""
+
+DEFAULT_STAGING_CHUNKS = {"cuda": 4}
 
 
 class TransferConfig(BaseSettings):
@@ -37,12 +39,13 @@ class TransferConfig(BaseSettings):
         ge=4096,
         multiple_of=4096,
         description="Size of a staging buffer, and of a message to a peer whose buffers are not smaller. "
-        "Default: 4 MiB on a CPU, 32 MiB on a GPU.",
+        "Default: 4 MiB on a CPU, 64 MiB on a GPU.",
     )
-    staging_chunks: int = Field(
-        8,
+    staging_chunks: int | None = Field(
+        None,
         ge=2,
-        description="Staging buffers for sending, and as many for receiving.",
+        description="Staging buffers for sending, and as many for receiving. "
+        "Default: 8 on a CPU, 4 on a GPU.",
     )
     staging_poison: bool = Field(False, description="Check that no staging buffer is used after its end.")
     transfer_metrics_port: int = Field(
@@ -66,6 +69,10 @@ class TransferConfig(BaseSettings):
     def buffer_bytes(self, device_type: str) -> int:
         """Return the size of a staging buffer on a type of device."""
         return self.chunk_bytes or DEFAULT_CHUNK_BYTES.get(device_type, 4 << 20)
+
+    def num_buffers(self, device_type: str) -> int:
+        """Return how many staging buffers there are for each direction on a type of device."""
+        return self.staging_chunks or DEFAULT_STAGING_CHUNKS.get(device_type, 8)
 
 
 class TierConfig(BaseSettings):

@@ -111,7 +111,7 @@ class Receiver:
         self._copier = copier
         self._config = config
         self.ring = StagingRing(
-            config.staging_chunks,
+            config.num_buffers(cache.device.type),
             config.buffer_bytes(cache.device.type),
             cache.device,
             poison=config.staging_poison,

@@ -17,11 +17,10 @@ from connectors.channel import Channel
 from connectors.condition import Condition
 from connectors.config import TransferConfig
 from connectors.errors import PeerLost, TransferAborted, TransferError, TransferTimeout
-from connectors.fill import least_fill
+from connectors.fill import WireRate, least_fill, whole_buffers
 from connectors.geometry import Chunk, Geometry, Source, Wire, num_receivers, plan_chunks, sources
 from connectors.kv_cache import KVCache
 from connectors.messages import ChunkOffered, End, Failed, Subscribe
-from connectors.pace import Moved, Pace
 from connectors.staging import Copier, StagingRing
 from connectors.transport import Peer, Request, Transport
 
@@ -42,8 +41,8 @@ class Receiver:
     peer: Peer
     chunk_bytes: int
     """Most that a chunk for it may have: what fits into a buffer at both ends."""
-    pace: Pace = field(default_factory=Pace)
-    """How long chunks to it were on their way."""
+    rate: WireRate = field(default_factory=WireRate)
+    """Of the wire to it."""
 
 
 @dataclass(eq=False)
@@ -95,7 +94,7 @@ class Sender:
         self._copier = copier
         self._config = config
         self.ring = StagingRing(
-            config.staging_chunks,
+            config.num_buffers(cache.device.type),
             config.buffer_bytes(cache.device.type),
             cache.device,
             poison=config.staging_poison,
@@ -244,12 +243,15 @@ class Sender:
         sent = first_token
         token_bytes = here.num_layers * here.row_bytes(wire.num_heads)
         total_bytes = ((outgoing.num_tokens or 0) - first_token) * token_bytes
-        fill_bytes = min(receiver.chunk_bytes, least_fill(total_bytes, receiver.pace.line().gb_per_s))
+        fill_bytes = min(receiver.chunk_bytes, least_fill(total_bytes, receiver.rate.gb_per_s))
         min_tokens = max(1, int(fill_bytes / token_bytes))
+        buffer_blocks = receiver.chunk_bytes // token_bytes // here.block_size
         gathering: set[asyncio.Task[None]] = set()
         try:
             while not (outgoing.is_computed and sent >= outgoing.num_ready_tokens):
                 ready = await self._wait_ready(outgoing, receiver, sent + min_tokens)
+                if not outgoing.is_computed:
+                    ready = sent + whole_buffers(ready - sent, max(1, buffer_blocks) * here.block_size)
                 for chunk in plan_chunks(here, wire, range(sent, ready), receiver.chunk_bytes):
                     index = await self.ring.acquire(self._config.chunk_timeout_s)
                     work = self._send_chunk(outgoing, receiver, wire, chunk, index)
@@ -313,7 +315,7 @@ class Sender:
         offered_at = clock()
         try:
             await request.wait(self._config.chunk_timeout_s)
-            receiver.pace.observe(Moved(num_bytes, clock() - offered_at))
+            receiver.rate.observe(num_bytes, clock() - offered_at)
             metrics.BYTES.labels("send").inc(num_bytes)
         except PeerLost as error:
             receiver.channel.lose(error)
