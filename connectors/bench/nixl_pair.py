@@ -16,7 +16,7 @@ from pathlib import Path
 import httpx
 
 from connectors.bench.ports import free_ports
-from connectors.bench.serving import VLLM, Engine, serving
+from connectors.bench.serving import VLLM, Engine, serving, together
 from connectors.bench.transport import gpu_of
 
 _LOADED = re.compile(r"^vllm:external_prefix_cache_hits_total{.*} ([-+.e\d]+)$", re.MULTILINE)
@@ -98,7 +98,7 @@ def nixl_pair(
     }
     given = [*arguments, "--kv-transfer-config", json.dumps(transfer)]
     with ExitStack() as stack:
-        engines, groups = [], []
+        engines, starting = [], []
         for index, name in enumerate(("nixl_prefill", "nixl_decode")):
             port, side_channel = free_ports(2)
             told = {
@@ -107,8 +107,7 @@ def nixl_pair(
                 "VLLM_NIXL_SIDE_CHANNEL_HOST": "127.0.0.1",
                 "VLLM_NIXL_SIDE_CHANNEL_PORT": str(side_channel),
             }
-            group = stack.enter_context(serving(VLLM, model, port, given, environment=told, log=logs / name))
+            starting.append(serving(VLLM, model, port, given, environment=told, log=logs / name))
             engines.append(Engine(port))
-            groups.append(group)
         prefill, decode = engines
-        yield NixlPair(prefill, decode, groups)
+        yield NixlPair(prefill, decode, together(stack, starting))

@@ -9,14 +9,17 @@ import subprocess
 import sys
 import time
 from collections.abc import AsyncIterator, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import AbstractContextManager, ExitStack, contextmanager
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 import httpx
 
 from connectors.errors import BenchFailed
+
+T = TypeVar("T")
 
 START_TIMEOUT_S = 600.0
 NAME = "measured"
@@ -137,6 +140,12 @@ def serving(
     finally:
         os.killpg(process.pid, signal.SIGKILL)
         process.wait()
+
+
+def together(stack: ExitStack, engines: Sequence[AbstractContextManager[T]]) -> list[T]:
+    """Start engines at the same time; they end with the stack."""
+    with ThreadPoolExecutor(len(engines)) as starting:
+        return list(starting.map(stack.enter_context, engines))
 
 
 def _wait_until_healthy(process: subprocess.Popen[bytes], port: int, log: Path) -> None:
