@@ -8,6 +8,7 @@ from __future__ import annotations
 import asyncio
 import socket
 import threading
+from collections.abc import Sequence
 from concurrent.futures import Future
 from typing import Any, Protocol
 
@@ -125,9 +126,10 @@ class StagedEnd:
 
 
 class RawUcxEnd:
-    """UCXX's own API: one contiguous buffer, whole or in four messages at a time, whichever is faster."""
+    """UCXX's own API: one contiguous buffer in one message."""
 
-    CHUNK_BYTES = 4 << 20
+    AT_A_TIME = 4
+    """Messages."""
 
     def __init__(self, device: str, num_blocks: int) -> None:
         tune()
@@ -190,12 +192,22 @@ class RawUcxEnd:
         await self._connected.wait()
 
     async def _move(self, size: int, endpoint: Any, verb: str) -> None:  # noqa: ANN401
-        memory = self._memory[: size * BLOCK_BYTES]
-        parts = torch.split(memory, self.CHUNK_BYTES)
-        for first in range(0, len(parts), 4):
+        parts = self._parts(self._memory[: size * BLOCK_BYTES])
+        for first in range(0, len(parts), self.AT_A_TIME):
             await asyncio.gather(
                 *(
                     getattr(endpoint, verb)(part if part.is_cuda else part.numpy())
-                    for part in parts[first : first + 4]
+                    for part in parts[first : first + self.AT_A_TIME]
                 )
             )
+
+    def _parts(self, memory: torch.Tensor) -> Sequence[torch.Tensor]:
+        """Return what goes in a message each."""
+        return [memory]
+
+
+class RawPartsEnd(RawUcxEnd):
+    """The same in several messages at a time, which is faster on some links."""
+
+    def _parts(self, memory: torch.Tensor) -> Sequence[torch.Tensor]:
+        return memory.split(4 << 20)

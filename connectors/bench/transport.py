@@ -38,6 +38,7 @@ PATIENCE_S = 300.0
 ENDS = {
     "staged": "connectors.bench.ends:StagedEnd",
     "raw_ucxx": "connectors.bench.ends:RawUcxEnd",
+    "raw_ucxx_parts": "connectors.bench.ends:RawPartsEnd",
     "nixl_connector": "vllm_plugin.nixl_end:NixlConnectorEnd",
 }
 """What each process makes of a device and a number of blocks, an `End`. By name: vLLM is vllm_plugin's."""
@@ -87,8 +88,9 @@ def figures(rates: Mapping[str, Mapping[int, float]], target: str) -> list[Figur
         rates: in GB/s, by what moved so many blocks, and by their number.
         target: for what of raw UCXX's best is left.
     """
-    memcpy, staged, raw, connector = (rates[name] for name in (MEMCPY, *ENDS))
+    memcpy, staged, whole, parts, connector = (rates[name] for name in (MEMCPY, *ENDS))
     sizes = list(staged)
+    raw = {size: max(whole[size], parts[size]) for size in sizes}
     found = []
     for size in sizes:
         label = f"{size}_blocks"

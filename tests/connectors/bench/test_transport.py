@@ -47,11 +47,13 @@ def test_a_vllm_for_another_device_is_named(monkeypatch: pytest.MonkeyPatch):
 def test_figures():
     rates = {
         "memcpy": {64: 10.0, 256: 12.0},
-        "raw_ucxx": {64: 4.0, 256: 3.0},
+        "raw_ucxx": {64: 2.0, 256: 3.0},
+        "raw_ucxx_parts": {64: 4.0, 256: 1.0},
         "staged": {64: 1.0, 256: 2.0},
         "nixl_connector": {64: 0.5, 256: 2.5},
     }
     found = {each.name: each for each in figures(rates, ">= 0.6")}
+    assert [found[f"transport.raw_ucxx_gb_s_{size}_blocks"].value for size in (64, 256)] == [4.0, 3.0]
     kept = found["transport.staged_over_raw_ucx"]
     assert (kept.value, kept.reference_value, kept.met) == (0.5, 4.0, False)
     worst = found["transport.min_over_nixl_connector"]
