@@ -210,4 +210,4 @@ class RawPartsEnd(RawUcxEnd):
     """The same in several messages at a time, which is faster on some links."""
 
     def _parts(self, memory: torch.Tensor) -> Sequence[torch.Tensor]:
-        return memory.split(4 << 20)
+        return torch.split(memory, 4 << 20)
