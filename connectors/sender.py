@@ -31,6 +31,9 @@ REMEMBERED_IDS = 100_000
 later.
 """
 
+PATIENT_SHARE = 4
+"""Blocks wait a fourth of a chunk's timeout at most until they are worth a chunk."""
+
 
 @dataclass(frozen=True, eq=False)
 class Receiver:
@@ -249,7 +252,7 @@ class Sender:
         gathering: set[asyncio.Task[None]] = set()
         try:
             while not (outgoing.is_computed and sent >= outgoing.num_ready_tokens):
-                ready = await self._wait_ready(outgoing, receiver, sent + min_tokens)
+                ready = await self._wait_ready(outgoing, receiver, sent, min_tokens)
                 if not outgoing.is_computed:
                     ready = sent + whole_buffers(ready - sent, max(1, buffer_blocks) * here.block_size)
                 for chunk in plan_chunks(here, wire, range(sent, ready), receiver.chunk_bytes):
@@ -266,15 +269,26 @@ class Sender:
             if outcome is not None:
                 raise outcome
 
-    async def _wait_ready(self, outgoing: Outgoing, receiver: Receiver, wanted: int) -> int:
-        """Return up to where can be sent, at least `wanted` or all: whole blocks, but for the last one."""
+    async def _wait_ready(self, outgoing: Outgoing, receiver: Receiver, sent: int, min_tokens: int) -> int:
+        """Return up to where can be sent, whole blocks but for the last one.
+
+        That is `min_tokens` more than `sent`, or all, or what there is after a while: the receiver does not
+        wait for a chunk for ever.
+        """
 
         def ready() -> int:
             num_tokens = outgoing.num_ready_tokens
             partial = num_tokens % self._cache.geometry.block_size
             return num_tokens if outgoing.is_computed else num_tokens - partial
 
-        await self._until(outgoing, receiver, lambda: ready() >= wanted or outgoing.is_computed)
+        def has(num_tokens: int) -> Callable[[], bool]:
+            return lambda: ready() >= sent + num_tokens or outgoing.is_computed
+
+        try:
+            async with asyncio.timeout(self._config.chunk_timeout_s / PATIENT_SHARE):
+                await self._until(outgoing, receiver, has(min_tokens))
+        except TimeoutError:
+            await self._until(outgoing, receiver, has(1))
         return ready()
 
     async def _until(self, outgoing: Outgoing, receiver: Receiver, condition: Callable[[], bool]) -> None:

@@ -202,6 +202,20 @@ async def test_a_few_tokens_wait_for_the_next_ones(start: Start):
     assert torch.equal(receiver.rows(RECEIVED, range(45)), sender.rows(SENT, range(45)))
 
 
+async def test_a_slow_prefill_sends_a_few_tokens_before_its_receiver_gives_up(start: Start):
+    sender, receiver = start(chunk_bytes=1 << 20, chunk_timeout_s=2), start(chunk_bytes=1 << 20)
+    transfer_id = new_transfer_id()
+    receiver.receive("d", sender, transfer_id, RECEIVED, range(45))
+    sender.mover.open_send("p", transfer_id, 45)
+    sender.mover.computed(transfer_id, SENT[:3], 20, None)
+    first = range(16)
+    await eventually(
+        lambda: torch.equal(receiver.rows(RECEIVED, first), sender.rows(SENT, first)), PATIENCE_S
+    )
+    sender.mover.computed(transfer_id, SENT, 45, None)
+    assert await receiver.received("d") == set()
+
+
 @pytest.mark.parametrize(("sender_tp", "receiver_tp"), [(1, 2), (2, 1), (2, 4), (4, 2)])
 async def test_heads_find_their_ranks(start: Start, sender_tp: int, receiver_tp: int):
     senders, receivers = engine(start, sender_tp), engine(start, receiver_tp)
