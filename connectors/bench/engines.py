@@ -119,7 +119,7 @@ async def _measure(
             yield moment
 
     ways: dict[str, Ask] = {
-        "alone": decode.ask,
+        "alone": prefill.ask,  # which computes in every case: two engines are never equally fast
         "split": split,
         "sequential": in_sequence,
         "nixl_connector": theirs.ask,
@@ -153,9 +153,10 @@ def figures(
     """Return what was found.
 
     Args:
-        ttft_ms: times to first token: on one engine `alone`, `split`, and split `sequential`ly, where the
-            decode worker is asked when the prefill is done, as it is for vLLM's `nixl_connector`; by rounds.
-            And of prompts that are `cached` by the decode worker, which no split can do without.
+        ttft_ms: times to first token, by rounds: on the prefill worker `alone`, `split`, and split
+            `sequential`ly, where the decode worker is asked when the prefill is done, as it is for vLLM's
+            `nixl_connector`. And of prompts that are `cached` by the decode worker, which no split can do
+            without.
         last_ms: what the last chunk takes to move, which no split can save.
         gaps_ms: times between tokens: `undisturbed`, and while prompts are computed `alone` or `split`.
     """
