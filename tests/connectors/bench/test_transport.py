@@ -12,13 +12,21 @@ from kvindex.errors import ConfigError
 
 
 class OtherBlocks(StagedEnd):
-    """Moves the first blocks, whichever are asked for."""
+    """Moves the blocks that are asked for, in another order."""
 
     def fetch(self, size: int, transfer_id: str) -> None:
         super().fetch(size, transfer_id)
+        blocks = self.blocks(size)
         for layer in self.layers:
-            layer.zero_()
-            layer[:size] = 1
+            layer[blocks] = layer[blocks].flip(0)
+
+
+class OtherLayers(StagedEnd):
+    """Takes one layer for the other."""
+
+    def fetch(self, size: int, transfer_id: str) -> None:
+        super().fetch(size, transfer_id)
+        self.layers[0].copy_(self.layers[1])
 
 
 @pytest.mark.vllm
@@ -28,10 +36,10 @@ def test_every_way_moves_the_blocks_that_it_measures():
     assert names == {f"transport.{way}_gb_s_{size}_blocks" for way in ways for size in (4, 16)}
 
 
-def test_other_blocks_than_those_asked_for_are_no_measurement():
-    other_blocks = f"{__name__}:OtherBlocks"
+@pytest.mark.parametrize("end", [OtherBlocks, OtherLayers])
+def test_other_blocks_than_those_asked_for_are_no_measurement(end: type[StagedEnd]):
     with (
-        closing(Pair(other_blocks, "cpu", "tcp,self", 16)) as pair,
+        closing(Pair(f"{__name__}:{end.__name__}", "cpu", "tcp,self", 16)) as pair,
         pytest.raises(BenchFailed, match="others were moved"),
     ):
         pair.move_s(4)
