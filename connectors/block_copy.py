@@ -63,13 +63,11 @@ class BlockCopy:
     @staticmethod
     def is_possible(planes: Sequence[torch.Tensor]) -> bool:
         """Whether blocks are contiguous, equally far apart in all planes, and whole words."""
-        strides = {plane.stride(0) * plane.itemsize for plane in planes}
-        sizes = [plane[0].nbytes for plane in planes] + [plane.data_ptr() for plane in planes] + [*strides]
-        return (
-            len(strides) == 1
-            and all(plane[0].is_contiguous() for plane in planes)
-            and all(size % WORD_BYTES == 0 for size in sizes)
-        )
+        blocks = [plane[0] for plane in planes]
+        distances = {plane.stride(0) * plane.itemsize for plane in planes}
+        in_bytes = [*distances, *(block.nbytes for block in blocks), *(block.data_ptr() for block in blocks)]
+        is_alike = len(distances) == 1 and all(block.is_contiguous() for block in blocks)
+        return is_alike and not any(number % WORD_BYTES for number in in_bytes)
 
     def gather(self, first_plane: int, num_planes: int, ids: torch.Tensor, buffer: torch.Tensor) -> None:
         """Enqueue copying blocks out of some planes.
