@@ -12,6 +12,8 @@ import torch
 import triton
 import triton.language as tl
 
+from kvindex.errors import ConfigError
+
 WORD_BYTES = 8
 WORDS = 1024
 """Of a program."""
@@ -47,7 +49,7 @@ class BlockCopy:
 
     Args:
         planes: tensors of (blocks, *block), for which `is_possible`. Not owned; they must stay where they
-            are. Nothing may be at work in them yet: compiling the kernel copies a block out and back.
+            are.
     """
 
     def __init__(self, planes: Sequence[torch.Tensor]) -> None:
@@ -55,10 +57,37 @@ class BlockCopy:
         self._planes = torch.tensor([plane.data_ptr() for plane in planes], device=first.device)
         self._block_words = first[0].nbytes // WORD_BYTES
         self._block_stride = first.stride(0) * first.itemsize // WORD_BYTES
-        ids = torch.zeros(1, dtype=torch.int64, device=first.device)
-        block = torch.empty(first[0].nbytes, dtype=torch.uint8, device=first.device)
-        self.gather(0, 1, ids, block)
-        self.scatter(0, 1, ids, block)
+
+    @classmethod
+    def tried(cls, planes: Sequence[torch.Tensor]) -> BlockCopy:
+        """Return one for these planes, after the kernel has shown with others like them that it works here.
+
+        That also compiles it, which takes about a second.
+
+        Raises:
+            ConfigError: it does not work here.
+        """
+        wanted = cls(planes)
+        device = planes[0].device
+        shape = (3, 4, wanted._block_stride * WORD_BYTES)
+        own = torch.Generator(device)  # the engine's, which samples its answers, must not notice
+        memory = torch.randint(0, 256, shape, dtype=torch.uint8, device=device, generator=own)
+        blocks = memory[..., : wanted._block_words * WORD_BYTES]
+        ids = torch.tensor([2, 0], device=device)
+        picked = blocks[1:, ids]
+        expected = memory.clone()
+        expected[1:, ids, : picked.shape[-1]] = ~picked
+        buffer = torch.empty(picked.numel(), dtype=torch.uint8, device=device)
+        copy = cls(list(blocks))
+        copy.gather(1, 2, ids, buffer)
+        is_gathered = torch.equal(buffer.view_as(picked), picked)
+        copy.scatter(1, 2, ids, buffer.bitwise_not_())
+        if not (is_gathered and torch.equal(memory, expected)):
+            raise ConfigError(
+                f"Triton {triton.__version__} copies blocks wrongly on {device}: run this engine without "
+                "kvlane.transfer_port, and report it with the GPU and the versions of torch and vLLM"
+            )
+        return wanted
 
     @staticmethod
     def is_possible(planes: Sequence[torch.Tensor]) -> bool:

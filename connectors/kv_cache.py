@@ -27,7 +27,7 @@ class KVCache:
             axis. geometry: what they are.
 
     Raises:
-        ConfigError: a tensor is not what the geometry says.
+        ConfigError: a tensor is not what the geometry says, or this GPU does not copy as it should.
     """
 
     def __init__(self, layers: Sequence[torch.Tensor], geometry: Geometry) -> None:
@@ -167,7 +167,7 @@ def _block_copy(planes: Sequence[torch.Tensor]) -> BlockCopy | None:
         return None
     from connectors.block_copy import BlockCopy  # Triton is there where torch has a GPU
 
-    return BlockCopy(planes) if BlockCopy.is_possible(planes) else None
+    return BlockCopy.tried(planes) if BlockCopy.is_possible(planes) else None
 
 
 def _put_blocks(plane: torch.Tensor, ids: torch.Tensor, blocks: torch.Tensor) -> None:

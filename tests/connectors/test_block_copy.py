@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
+from typing import Any
 
 import pytest
 import torch
@@ -12,6 +13,7 @@ from triton.runtime.interpreter import InterpretedFunction
 
 from connectors import block_copy
 from connectors.block_copy import WORD_BYTES, WORDS, BlockCopy
+from kvindex.errors import ConfigError
 
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 NUM_BLOCKS = 6
@@ -74,3 +76,31 @@ def test_blocks_go_out_in_order_and_back_to_where_they_were(
 def test_planes_that_are_not_alike_are_told_apart(planes: list[torch.Tensor]) -> None:
     assert not BlockCopy.is_possible(planes)
     assert BlockCopy.is_possible(some_planes(2, 64, 8))
+
+
+def test_one_that_copies_rightly_is_taken_and_nothing_else_is_touched() -> None:
+    planes = some_planes(3, 9 * WORD_BYTES, WORD_BYTES)
+    before = [plane.clone() for plane in planes]
+    state = torch.get_rng_state()
+    BlockCopy.tried(planes)
+    assert all(map(torch.equal, planes, before))
+    assert torch.equal(torch.get_rng_state(), state)
+
+
+@pytest.mark.parametrize("done", [(), (True,), (False,)], ids=["nothing", "gathers only", "scatters only"])
+def test_a_gpu_that_copies_wrongly_is_refused(
+    done: tuple[bool, ...], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    kernel = block_copy._move
+
+    class Broken:
+        def __getitem__(self, grid: tuple[int, ...]) -> Callable[..., None]:
+            def launch(*args: Any, is_gather: bool, words: int) -> None:
+                if is_gather in done:
+                    kernel[grid](*args, is_gather=is_gather, words=words)
+
+            return launch
+
+    monkeypatch.setattr(block_copy, "_move", Broken())
+    with pytest.raises(ConfigError, match="copies blocks wrongly on"):
+        BlockCopy.tried(some_planes(2, 64))
