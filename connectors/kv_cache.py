@@ -54,11 +54,12 @@ class KVCache:
         if wire.is_blocks:
             span = block_span(chunk.tokens, self.geometry.block_size)
             ids = self._index(block_ids[span.start : span.stop])
-            if self._block_copy is not None and self._is_whole(wire):
+            is_whole = self._is_whole(wire)
+            if self._block_copy is not None and is_whole:
                 self._block_copy.gather(*self._plane_span(chunk), ids, buffer)
                 return
             for plane, part in self._parts(chunk, len(ids), wire, buffer):
-                if part.shape[1:] == plane.shape[1:]:
+                if is_whole:
                     torch.index_select(plane, 0, ids, out=part)
                 else:
                     part.copy_(plane.index_select(0, ids)[:, self._heads(wire)])
@@ -80,11 +81,12 @@ class KVCache:
         if wire.is_blocks:
             span = block_span(chunk.tokens, self.geometry.block_size)
             ids = self._index(block_ids[span.start : span.stop])
-            if self._block_copy is not None and self._is_whole(wire):
+            is_whole = self._is_whole(wire)
+            if self._block_copy is not None and is_whole:
                 self._block_copy.scatter(*self._plane_span(chunk), ids, buffer)
                 return
             for plane, part in self._parts(chunk, len(ids), wire, buffer):
-                if part.shape[1:] == plane.shape[1:]:
+                if is_whole:
                     _put_blocks(plane, ids, part)
                 else:
                     plane[ids, self._heads(wire)] = part

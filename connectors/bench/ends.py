@@ -8,7 +8,6 @@ from __future__ import annotations
 import asyncio
 import socket
 import threading
-from collections.abc import Sequence
 from concurrent.futures import Future
 from typing import Any, Protocol
 
@@ -128,8 +127,8 @@ class StagedEnd:
 class RawUcxEnd:
     """UCXX's own API: one contiguous buffer in one message."""
 
+    MESSAGE_BYTES = 1 << 40
     AT_A_TIME = 4
-    """Messages."""
 
     def __init__(self, device: str, num_blocks: int) -> None:
         tune()
@@ -192,7 +191,7 @@ class RawUcxEnd:
         await self._connected.wait()
 
     async def _move(self, size: int, endpoint: Any, verb: str) -> None:  # noqa: ANN401
-        parts = self._parts(self._memory[: size * BLOCK_BYTES])
+        parts = torch.split(self._memory[: size * BLOCK_BYTES], self.MESSAGE_BYTES)
         for first in range(0, len(parts), self.AT_A_TIME):
             await asyncio.gather(
                 *(
@@ -201,13 +200,8 @@ class RawUcxEnd:
                 )
             )
 
-    def _parts(self, memory: torch.Tensor) -> Sequence[torch.Tensor]:
-        """Return what goes in a message each."""
-        return [memory]
-
 
 class RawPartsEnd(RawUcxEnd):
     """The same in several messages at a time, which is faster on some links."""
 
-    def _parts(self, memory: torch.Tensor) -> Sequence[torch.Tensor]:
-        return torch.split(memory, 4 << 20)
+    MESSAGE_BYTES = 4 << 20

@@ -265,7 +265,7 @@ def _end(what: tuple[str, str, int], role: str, environment: dict[str, str], pip
 def _send(end: End, pipe: Connection) -> NoReturn:
     for index, layer in enumerate(end.layers):
         marks = _marks(index, layer)
-        layer.copy_(marks.view(-1, *(1 for _ in layer.shape[1:])).expand_as(layer))
+        layer.copy_(marks.view(-1, *(1 for _ in layer.shape[1:])))
     _synchronize(end.layers[0].device.type)
     while True:
         size = pipe.recv()
