@@ -27,7 +27,7 @@ class KVCache:
             axis. geometry: what they are.
 
     Raises:
-        ConfigError: a tensor is not what the geometry says, or this GPU does not copy as it should.
+        ConfigError: a tensor is not what the geometry says.
     """
 
     def __init__(self, layers: Sequence[torch.Tensor], geometry: Geometry) -> None:
