@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import random
 import socket
 import sys
@@ -136,7 +137,7 @@ class LocalFleet:
     def known_workers(self) -> set[str]:
         """Return the workers that Envoy knows; they have come through Redis and the gateway."""
         try:
-            answer = httpx.get(f"http://{self._envoy_admin}/clusters?format=json", timeout=2)
+            answer = _http().get(f"http://{self._envoy_admin}/clusters?format=json", timeout=2)
         except httpx.TransportError:
             return set()
         for cluster in msgspec.json.decode(answer.content, type=_Clusters).cluster_statuses:
@@ -148,11 +149,11 @@ class LocalFleet:
     def _reads_prompts(self) -> bool:
         """Send a prompt through the gateway alone; the first loads the model's tokenizer."""
         try:
-            answer = httpx.get(f"{self.admin_url}/fleet", timeout=_SLOW_S)
+            answer = _http().get(f"{self.admin_url}/fleet", timeout=_SLOW_S)
             workers = msgspec.json.decode(answer.content, type=_Fleet).workers
             for model in {name for worker in workers for name in worker.models}:
                 prompt = {"model": model, "text": "kvlane"}
-                httpx.post(f"{self.admin_url}/prefix", json=prompt, timeout=_SLOW_S)
+                _http().post(f"{self.admin_url}/prefix", json=prompt, timeout=_SLOW_S)
         except httpx.TransportError:
             return False
         return all(worker.models for worker in workers)
@@ -160,7 +161,7 @@ class LocalFleet:
     def _has_checked(self) -> bool:
         """Say whether every worker was checked, however that ended."""
         try:
-            answer = httpx.get(f"{self.admin_url}/fleet", timeout=_SLOW_S)
+            answer = _http().get(f"{self.admin_url}/fleet", timeout=_SLOW_S)
         except httpx.TransportError:
             return False
         fleet = msgspec.json.decode(answer.content, type=_Fleet)
@@ -252,9 +253,15 @@ def serve_command(model: str, *vllm_arguments: str) -> EngineCommand:
 def answers(url: str) -> bool:
     """Whether a GET is answered 200 within a moment."""
     try:
-        return httpx.get(url, timeout=2).status_code == httpx.codes.OK
+        return _http().get(url, timeout=2).status_code == httpx.codes.OK
     except httpx.TransportError:
         return False
+
+
+@functools.cache
+def _http() -> httpx.Client:
+    """One for all that is asked: each reads the system's certificates, which takes a core 20 to 90 ms."""
+    return httpx.Client()
 
 
 def free_address() -> str:

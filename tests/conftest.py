@@ -3,8 +3,12 @@
 `pytest --hypothesis-profile long` searches for minutes.
 """
 
+from collections.abc import Iterator
+
+import pytest
 from hypothesis import HealthCheck, settings
 
+from tests.support.certificates import Authority
 from tests.support.redis_server import (
     cluster_url,
     redis_sentinels,
@@ -18,6 +22,7 @@ from tests.support.redis_server import (
 
 __all__ = [
     "cluster_url",
+    "one_authority",
     "redis_sentinels",
     "redis_server",
     "redis_url",
@@ -31,3 +36,15 @@ __all__ = [
 settings.register_profile("short", deadline=None, suppress_health_check=[HealthCheck.too_slow])
 settings.register_profile("long", settings.get_profile("short"), max_examples=2_000)
 settings.load_profile("short")
+
+
+@pytest.fixture(scope="session", autouse=True)
+def one_authority(tmp_path_factory: pytest.TempPathFactory) -> Iterator[None]:
+    """Have clients of HTTPS know one certificate authority, in processes that tests start as well.
+
+    Each of httpx's reads those of the system, 20 to 90 ms of a core, and tests poll with hundreds. Nothing
+    here goes further than this machine.
+    """
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("SSL_CERT_FILE", str(Authority(tmp_path_factory.mktemp("authority")).cafile))
+        yield

@@ -152,7 +152,7 @@ def _wait_until_healthy(process: subprocess.Popen[bytes], port: int, log: Path) 
     deadline = time.monotonic() + START_TIMEOUT_S
     while time.monotonic() < deadline and process.poll() is None:
         try:
-            if httpx.get(f"http://127.0.0.1:{port}/health").is_success:
+            if httpx.get(f"http://127.0.0.1:{port}/health", verify=_CONTEXT).is_success:
                 return
         except httpx.TransportError:
             time.sleep(0.5)

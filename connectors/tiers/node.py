@@ -255,11 +255,12 @@ class TierKeeper:
         self._say(is_up=False)
         deadline_s = time.monotonic() + _START_PATIENCE_S
         url = f"{self._tiers.api}/healthcheck"
-        while time.monotonic() < deadline_s and server.poll() is None and not stop.is_set():
-            with suppress(httpx.HTTPError):
-                if httpx.get(url, timeout=1).status_code == 200:
-                    return True
-            stop.wait(0.1)
+        with httpx.Client(timeout=1) as client:
+            while time.monotonic() < deadline_s and server.poll() is None and not stop.is_set():
+                with suppress(httpx.HTTPError):
+                    if client.get(url).status_code == 200:
+                        return True
+                stop.wait(0.1)
         return False
 
     def _watch(self, server: subprocess.Popen[bytes], stop: threading.Event) -> None:
