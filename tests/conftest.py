@@ -46,5 +46,6 @@ def one_authority(tmp_path_factory: pytest.TempPathFactory) -> Iterator[None]:
     here goes further than this machine.
     """
     with pytest.MonkeyPatch.context() as patch:
-        patch.setenv("SSL_CERT_FILE", str(Authority(tmp_path_factory.mktemp("authority")).cafile))
+        authority = Authority(tmp_path_factory.mktemp("authority"), "nobody's authority")
+        patch.setenv("SSL_CERT_FILE", str(authority.cafile))
         yield

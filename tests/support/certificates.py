@@ -23,12 +23,15 @@ class Certificate:
 
 
 class Authority:
-    """Signs certificates for 127.0.0.1 and keeps them in a folder."""
+    """Signs certificates for 127.0.0.1 and keeps them in a folder.
 
-    def __init__(self, folder: Path) -> None:
+    By its name a client finds it among those that it knows.
+    """
+
+    def __init__(self, folder: Path, name: str = "test authority") -> None:
         self._folder = folder
         self._key = ec.generate_private_key(ec.SECP256R1())
-        self._name = _name("test authority")
+        self._name = _name(name)
         built = _builder(self._name, self._name, self._key).add_extension(
             x509.BasicConstraints(ca=True, path_length=None), critical=True
         )
