@@ -1,6 +1,7 @@
 """The publisher between a scripted engine and an index that can fail in every way."""
 
 import asyncio
+import threading
 import time
 from collections.abc import AsyncIterator, Callable, Iterator, Sequence
 from functools import reduce
@@ -294,6 +295,7 @@ async def idle(monkeypatch: pytest.MonkeyPatch) -> AsyncIterator[Bench]:
     bench.publisher.start()
     await eventually(lambda: bench.reports(bench.load.load))
     yield bench
+    threading.Timer(0.05, bench.source.put, [AllBlocksCleared()]).start()  # it waits for an event
     bench.publisher.stop()
 
 

@@ -6,6 +6,7 @@ import os
 import signal
 import subprocess
 import sys
+import tempfile
 import time
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager, suppress
@@ -22,6 +23,7 @@ ROOT = Path(__file__).parents[2]
 BLOCK_SIZE = 32
 MAX_MODEL_LEN_TOKENS = 4096
 START_TIMEOUT_S = 240.0
+END_TIMEOUT_S = 20.0
 
 
 @dataclass(frozen=True, slots=True)
@@ -45,6 +47,13 @@ class Engine:
         with suppress(ProcessLookupError):
             os.killpg(self.process.pid, signal.SIGKILL)
         self.process.wait()
+
+    def end(self) -> None:
+        """Have the engine end, so that its shared memory goes with it, and kill what is left."""
+        self.process.terminate()
+        with suppress(subprocess.TimeoutExpired):
+            self.process.wait(END_TIMEOUT_S)
+        self.kill()
 
 
 def tiny_model() -> Path:
@@ -87,21 +96,23 @@ def start_engine(
         *("--max-model-len", str(MAX_MODEL_LEN_TOKENS), "--block-size", str(BLOCK_SIZE)),
         *("--host", "127.0.0.1", "--port", str(port), *extra_args),
     ]
-    with log.open("wb") as output:
-        process = subprocess.Popen(
-            arguments,
-            env={**os.environ, **ENGINE_ENV, **(env or {})},
-            stdin=subprocess.DEVNULL,
-            stdout=output,
-            stderr=subprocess.STDOUT,
-            start_new_session=True,
-        )
-    engine = Engine(port, process, log)
-    try:
-        _wait_until_healthy(engine)
-        yield engine
-    finally:
-        engine.kill()
+    # vLLM leaves its sockets behind, however it ends.
+    with tempfile.TemporaryDirectory(prefix="vllm-") as sockets:
+        with log.open("wb") as output:
+            process = subprocess.Popen(
+                arguments,
+                env={**os.environ, **ENGINE_ENV, "VLLM_RPC_BASE_PATH": sockets, **(env or {})},
+                stdin=subprocess.DEVNULL,
+                stdout=output,
+                stderr=subprocess.STDOUT,
+                start_new_session=True,
+            )
+        engine = Engine(port, process, log)
+        try:
+            _wait_until_healthy(engine)
+            yield engine
+        finally:
+            engine.end()
 
 
 def _wait_until_healthy(engine: Engine) -> None:

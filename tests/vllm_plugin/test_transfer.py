@@ -171,7 +171,7 @@ async def test_heads_go_between_engines_of_different_tensor_parallel_sizes(redis
         assert await whole(Pair(wide, wide), prompts) == expected
         for split in (Pair(wide, engines.decode), Pair(engines.prefill, wide)):
             before = (await split.decode.metrics())[DONE]
-            assert [await split.complete(each.tokens) for each in prompts] == expected
+            assert await asyncio.gather(*(split.complete(each.tokens) for each in prompts)) == expected
             # Ranks spin while they wait for each other: on two cores a receiver may starve beyond a lease.
             assert (await split.decode.metrics())[DONE] >= before + split.decode.tp_size
             await clean(split)
