@@ -22,7 +22,6 @@ from tests.support.redis_server import (
 
 __all__ = [
     "cluster_url",
-    "one_authority",
     "redis_sentinels",
     "redis_server",
     "redis_url",

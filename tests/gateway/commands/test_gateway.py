@@ -80,8 +80,13 @@ def test_without_redis_it_is_alive_and_not_ready_until_redis_is_there(addresses)
     (port,) = free_ports(1)
     with gateway(addresses, f"redis://127.0.0.1:{port}") as admin:
         eventually(lambda: status(f"{admin}/health") == 200, timeout_s=60)
-        eventually(lambda: f"127.0.0.1:{port}" in httpx.get(f"{admin}/ready").json().get("reason", ""))
-        assert status(f"{admin}/ready") == 503
+
+        def says_why() -> bool:
+            unready = httpx.get(f"{admin}/ready")
+            assert unready.status_code == 503
+            return f"127.0.0.1:{port}" in unready.json()["reason"]
+
+        eventually(says_why)
         with embedded_redis(port):
             eventually(lambda: status(f"{admin}/ready") == 200, timeout_s=60)
 
